@@ -1,0 +1,205 @@
+"""Configurations, presets and the table of anatomies. Pure data: this module imports nothing but the standard library.
+
+Every configuration is a frozen dataclass that checks itself, and round-trips through JSON with `to_dict` / `from_dict`.
+Section numbers refer to Wang et al., "3D MedDiffusion", IEEE TMI 2025 (arXiv 2412.13059).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+_Config = TypeVar("_Config", bound="_JsonConfig")
+
+
+class _JsonConfig:
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as plain JSON types."""
+        return dataclasses.asdict(self)  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls: type[_Config], values: dict[str, Any]) -> _Config:
+        """The inverse of `to_dict`; unknown names and wrong types are a ValueError that names them."""
+        if not isinstance(values, dict):
+            raise ValueError(f"{cls.__name__}: expected a JSON object, got {type(values).__name__}")
+        known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"{cls.__name__}: unknown fields {unknown}; known are {sorted(known)}")
+        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_positive_integers(config: Any, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(
+            isinstance(value, int) and not isinstance(value, bool) and value > 0,
+            f"{type(config).__name__}: {name} must be a positive integer, got {value!r}",
+        )
+
+
+@dataclass(frozen=True)
+class AutoencoderConfig(_JsonConfig):
+    """Patch-Volume autoencoder (section III-B)."""
+
+    n_hiddens: int = 48  # channels of the first encoder level
+    num_groups: int = 24  # GroupNorm groups, everywhere
+    embedding_dim: int = 8  # channels of the latent and of a code
+    n_codes: int = 8192  # rows of the codebook
+    downsample: int = 8  # voxels per latent element along each axis, a power of two
+    patch_size: int = 64  # voxels per encoded patch along each axis
+    image_channels: int = 1
+
+    def __post_init__(self) -> None:
+        _require_positive_integers(self, *(f.name for f in dataclasses.fields(self)))
+        _require(
+            self.downsample >= 2 and self.downsample & (self.downsample - 1) == 0,
+            f"AutoencoderConfig: downsample must be a power of two of at least 2, got {self.downsample}",
+        )
+        _require(
+            self.patch_size % self.downsample == 0,
+            f"AutoencoderConfig: patch_size {self.patch_size} must be a multiple of downsample {self.downsample}",
+        )
+        _require(
+            self.n_hiddens % self.num_groups == 0,
+            f"AutoencoderConfig: n_hiddens {self.n_hiddens} must be a multiple of num_groups {self.num_groups}",
+        )
+
+    @property
+    def levels(self) -> int:
+        """Number of halvings, log2(downsample)."""
+        return int(math.log2(self.downsample))
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Encoder widths per block, finest first; the last one is repeated. The decoder uses them reversed."""
+        widths = [self.n_hiddens * 2**i for i in range(self.levels)]
+        return (*widths, widths[-1])
+
+
+@dataclass(frozen=True)
+class DenoiserConfig(_JsonConfig):
+    """BiFlowNet, the noise estimator (section III-C)."""
+
+    dim: int = 72  # base width of both flows
+    dim_mults: tuple[int, ...] = (1, 1, 2, 4, 8)  # U-Net width per level, in units of dim
+    channels: int = 8  # latent channels, in and out
+    num_classes: int = 7
+    sub_volume: int = 8  # latent elements per sub-volume along each axis
+    token_patch: int = 1  # latent elements per token along each axis
+    num_heads: int = 8  # heads of the intra-patch attention; of dim / num_heads channels
+    mlp_ratio: int = 4  # hidden width of the DiT's MLP, in units of dim
+    mid_blocks: int = 1  # DiT blocks in the middle of the intra-patch flow
+    attention_levels: int = 2  # how many of the coarsest U-Net levels have attention
+    num_groups: int = 24  # GroupNorm groups in the U-Net
+
+    def __post_init__(self) -> None:
+        _require_positive_integers(self, *(f.name for f in dataclasses.fields(self) if f.name != "dim_mults"))
+        _require(
+            len(self.dim_mults) >= 3 and all(isinstance(m, int) and m > 0 for m in self.dim_mults),
+            f"DenoiserConfig: dim_mults must be three or more positive integers, got {self.dim_mults!r}",
+        )
+        _require(
+            self.dim_mults[:2] == (1, 1),
+            f"DenoiserConfig: dim_mults must begin with 1, 1 (the intra-patch features enter those levels), "
+            f"got {self.dim_mults!r}",
+        )
+        _require(
+            self.dim % 6 == 0 and self.dim % self.num_heads == 0 and self.dim % self.num_groups == 0,
+            f"DenoiserConfig: dim {self.dim} must be a multiple of 6, of num_heads {self.num_heads} "
+            f"and of num_groups {self.num_groups}",
+        )
+        _require(
+            self.sub_volume % self.token_patch == 0,
+            f"DenoiserConfig: sub_volume {self.sub_volume} must be a multiple of token_patch {self.token_patch}",
+        )
+        _require(
+            self.attention_levels <= len(self.dim_mults),
+            f"DenoiserConfig: attention_levels {self.attention_levels} exceeds the {len(self.dim_mults)} levels",
+        )
+        _require(
+            self.sub_volume % 2 ** (len(self.dim_mults) - 2) == 0,
+            f"DenoiserConfig: sub_volume {self.sub_volume} must be a multiple of 2 ** (levels - 2) = "
+            f"{2 ** (len(self.dim_mults) - 2)}, the U-Net's total stride",
+        )
+
+
+@dataclass(frozen=True)
+class ScheduleConfig(_JsonConfig):
+    """Cosine noise schedule (Nichol & Dhariwal 2021, equation 17)."""
+
+    timesteps: int = 1000
+    s: float = 0.008  # offset that keeps the first betas from vanishing
+
+    def __post_init__(self) -> None:
+        _require_positive_integers(self, "timesteps")
+        _require(self.timesteps >= 2, f"ScheduleConfig: timesteps must be at least 2, got {self.timesteps}")
+        _require(
+            isinstance(self.s, (int, float)) and 0 < self.s < 1, f"ScheduleConfig: s must lie in (0, 1), got {self.s!r}"
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model: autoencoder, denoiser and noise schedule."""
+
+    autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+    def __post_init__(self) -> None:
+        _require(
+            self.autoencoder.embedding_dim == self.denoiser.channels,
+            f"ModelConfig: the autoencoder's embedding_dim {self.autoencoder.embedding_dim} and the denoiser's "
+            f"channels {self.denoiser.channels} must be equal",
+        )
+
+
+_TINY_AUTOENCODER = AutoencoderConfig(n_hiddens=8, num_groups=4, n_codes=256, patch_size=16)
+
+PRESETS: dict[str, ModelConfig] = {
+    "8x": ModelConfig(),
+    "4x": ModelConfig(AutoencoderConfig(downsample=4), DenoiserConfig(token_patch=2)),
+    "tiny": ModelConfig(_TINY_AUTOENCODER, DenoiserConfig(dim=24, dim_mults=(1, 1, 2, 4), attention_levels=1)),
+}
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """One class of the released models. File axes (X, Y, Z) are the tensor's (H, W, D)."""
+
+    class_index: int
+    title: str
+    modality: str  # "CT" (Hounsfield units) or "MR" (no unit)
+    # (latent size at 8x in D, H, W; voxel spacing in mm along X, Y, Z); the first entry is the default
+    released: tuple[tuple[tuple[int, int, int], tuple[float, float, float]], ...]
+
+    def sizes(self) -> tuple[tuple[int, int, int], ...]:
+        """Released volume sizes in voxels along the file's axes X, Y, Z."""
+        return tuple((8 * h, 8 * w, 8 * d) for (d, h, w), _ in self.released)
+
+    def spacing(self, size: tuple[int, int, int]) -> tuple[float, float, float]:
+        """Voxel spacing in mm along X, Y, Z for a volume size along X, Y, Z: the released one, else the default's."""
+        return next((mm for s, (_, mm) in zip(self.sizes(), self.released) if s == tuple(size)), self.released[0][1])
+
+
+ANATOMIES: dict[str, Anatomy] = {
+    "ct_head_neck": Anatomy(0, "CT head and neck", "CT", (((32, 32, 32), (1, 1, 1)), ((16, 32, 32), (1, 1, 1)))),
+    "ct_chest_abdomen": Anatomy(
+        1, "CT chest and abdomen", "CT", (((32, 32, 32), (1.25, 1.25, 1.25)), ((64, 64, 64), (0.7, 0.7, 1)))
+    ),
+    "ct_legs": Anatomy(
+        2, "CT legs", "CT", (((32, 32, 32), (1.25, 1.25, 1.25)), ((64, 32, 32), (1.25, 1.25, 1.25)))
+    ),
+    "mr_t1_brain": Anatomy(3, "MR T1 brain", "MR", (((24, 24, 24), (1, 1, 1)),)),
+    "mr_t2_brain": Anatomy(4, "MR T2 brain", "MR", (((24, 24, 24), (1, 1, 1)),)),
+    "mr_abdomen": Anatomy(5, "MR abdomen", "MR", (((16, 32, 32), (1.2, 1.2, 2)),)),
+    "mr_knee": Anatomy(6, "MR knee", "MR", (((8, 40, 40), (1, 1, 1)),)),
+}

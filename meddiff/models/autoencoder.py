@@ -1,0 +1,265 @@
+"""Patch-Volume autoencoder: patches are encoded by themselves, the volume is decoded jointly
+(Wang et al., TMI 2025, section III-B)."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from meddiff.config import AutoencoderConfig
+from meddiff.models.blocks import GroupNorm, attend_over_volume, conv3, down_conv, up_conv
+from meddiff.models.codebook import Codebook
+
+_NORM_EPS = 1e-6
+_HEADS, _HEAD_DIM = 4, 32
+
+
+class ResBlock(nn.Module):
+    """Pre-activation residual block: `shortcut(x) + conv(silu(norm(conv(silu(norm(x))))))`."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm1 = GroupNorm(groups, in_channels, _NORM_EPS)
+        self.conv1 = conv3(in_channels, out_channels)
+        self.norm2 = GroupNorm(groups, out_channels, _NORM_EPS)
+        self.conv2 = conv3(out_channels, out_channels)
+        same_width = in_channels == out_channels
+        self.resConv = nn.Identity() if same_width else nn.Conv3d(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x), inplace=True))
+        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        return h.add_(self.resConv(x))
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over all voxels, added to the un-normalised input."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.norm = GroupNorm(groups, channels, _NORM_EPS)
+        self.to_qkv = nn.Linear(channels, 3 * _HEADS * _HEAD_DIM, bias=False)
+        self.to_out = nn.Conv3d(_HEADS * _HEAD_DIM, channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return attend_over_volume(self.norm(x), self.to_qkv, self.to_out, _HEADS).add_(x)
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels: int, groups: int) -> None:
+        super().__init__()
+        self.res1 = ResBlock(channels, channels, groups)
+        self.attn = AttentionBlock(channels, groups)
+        self.res2 = ResBlock(channels, channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.res2(self.attn(self.res1(x)))
+
+
+class Upsample(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv_trans = up_conv(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_trans(x)
+
+
+class Level(nn.Module):
+    """Two residual blocks at one resolution, then the change of resolution, named `down` or `up`, if there is one."""
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
+        super().__init__()
+        self.res1 = ResBlock(in_channels, out_channels, groups)
+        self.res2 = ResBlock(out_channels, out_channels, groups)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.children():
+            x = layer(x)
+        return x
+
+
+class Encoder(nn.Module):
+    """Patches [B, 1, p, p, p] → [B, 8, p/f, p/f, p/f], f being the downsampling factor."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths, groups = config.widths, config.num_groups
+        self.conv_first = conv3(config.image_channels, widths[0])
+        self.conv_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            level = Level(widths[max(i - 1, 0)], width, groups)
+            if i < config.levels:
+                level.down = down_conv(width)
+            self.conv_blocks.append(level)
+        self.mid_block = MidBlock(widths[-1], groups)
+        self.final_block = nn.Sequential(
+            GroupNorm(groups, widths[-1], _NORM_EPS), nn.SiLU(inplace=True), conv3(widths[-1], config.embedding_dim)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv_first(x)
+        for level in self.conv_blocks:
+            h = level(h)
+        return self.final_block(self.mid_block(h))
+
+
+class Decoder(nn.Module):
+    """A whole latent [B, 8, d, h, w] → volume [B, 1, f·d, f·h, f·w]. Its norms and attention span all of the latent."""
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        widths, groups = config.widths[::-1], config.num_groups
+        self.conv_first = conv3(config.embedding_dim, widths[0])
+        self.mid_block = MidBlock(widths[0], groups)
+        self.conv_blocks = nn.ModuleList()
+        for i, width in enumerate(widths):
+            level = Level(widths[max(i - 1, 0)], width, groups)
+            if i < config.levels:
+                level.up = Upsample(width)
+            self.conv_blocks.append(level)
+        self.final_block = nn.Sequential(
+            GroupNorm(groups, widths[-1], _NORM_EPS), nn.SiLU(inplace=True), conv3(widths[-1], config.image_channels)
+        )
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.mid_block(self.conv_first(z))
+        for level in self.conv_blocks:
+            h = level(h)
+        return self.final_block(h)
+
+
+class PatchVolumeAutoencoder(nn.Module):
+    """The Patch-Volume autoencoder, with its codebook.
+
+    `encode` → `quantize` → `decode`; calling the module does all three. Volumes are [B, 1, D, H, W] in [-1, 1],
+    latents float32 [B, 8, d, h, w]. Parameters and activations are kept in the channels-last memory format.
+    """
+
+    def __init__(self, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.pre_vq_conv = nn.Conv3d(config.embedding_dim, config.embedding_dim, kernel_size=1)
+        self.post_vq_conv = nn.Conv3d(config.embedding_dim, config.embedding_dim, kernel_size=1)
+        self.codebook = Codebook(config.n_codes, config.embedding_dim)
+        self.to(memory_format=torch.channels_last_3d)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pre_vq_conv.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.pre_vq_conv.weight.device
+
+    def encode(self, x: Tensor, patch_batch: int | None = None) -> Tensor:
+        """Encode a volume patch by patch.
+
+        Args:
+            x: [B, 1, D, H, W] in [-1, 1], any floating dtype and any device; patches are moved one batch at a time.
+                A size that is no multiple of the patch is padded with its edge values, at the far end of each axis.
+            patch_batch: patches per batch; None chooses a number that fits the device's free memory.
+
+        Returns:
+            The latent before quantisation, float32 [B, 8, d, h, w] with d = ceil(D / p) · p / f.
+
+        Raises:
+            ValueError: if x is not [B, 1, D, H, W] or empty.
+            TypeError: if x is not a floating tensor.
+        """
+        channels, p, f = self.config.image_channels, self.config.patch_size, self.config.downsample
+        if x.ndim != 5 or x.shape[1] != channels or x.numel() == 0:
+            raise ValueError(f"encode: x must be a non-empty [B, {channels}, D, H, W], got {tuple(x.shape)}")
+        if not x.is_floating_point():
+            raise TypeError(f"encode: x must be a floating tensor scaled to [-1, 1], got {x.dtype}")
+        grid = [math.ceil(n / p) for n in x.shape[2:]]
+        padding = [g * p - n for g, n in zip(grid, x.shape[2:])]
+        if any(padding):
+            x = F.pad(x, (0, padding[2], 0, padding[1], 0, padding[0]), mode="replicate")
+        if patch_batch is None:
+            patch_batch = self._patches_that_fit()
+
+        q = p // f
+        latent = x.new_empty(
+            (x.shape[0], self.config.embedding_dim, *(g * q for g in grid)), dtype=torch.float32, device=self.device
+        )
+        cells = list(product(range(x.shape[0]), *map(range, grid)))
+        for start in range(0, len(cells), patch_batch):
+            batch = cells[start : start + patch_batch]
+            patches = torch.cat([x[b : b + 1, :, i * p :, j * p :, k * p :][..., :p, :p, :p] for b, i, j, k in batch])
+            z = self.pre_vq_conv(self.encoder(patches.to(self.device, self.dtype)))
+            for (b, i, j, k), patch in zip(batch, z):
+                latent[b, :, i * q :, j * q :, k * q :][..., :q, :q, :q] = patch
+        return latent
+
+    def quantize(self, latent: Tensor) -> tuple[Tensor, Tensor]:
+        """Latent [B, 8, d, h, w] → (indices int64 [B, d, h, w], code rows float32 [B, 8, d, h, w])."""
+        return self.codebook.quantize(latent)
+
+    def decode(self, indices: Tensor, joint: bool = True, tile: int = 256) -> Tensor:
+        """Decode code indices to a volume.
+
+        Args:
+            indices: int64 [B, d, h, w], each in [0, n_codes).
+            joint: decode the whole latent at once, so that norms and attention see all of it. False reproduces the
+                published disjoint tiles, for comparison: each has its own statistics, and seams show between them.
+            tile: edge of a disjoint tile in voxels, a multiple of the downsampling factor; only for joint=False.
+
+        Returns:
+            [B, 1, f·d, f·h, f·w] in the model's dtype.
+
+        Raises:
+            ValueError: for a wrong shape, an index out of range or a tile that does not fit the latent grid.
+        """
+        f = self.config.downsample
+        if indices.ndim != 4 or indices.numel() == 0:
+            raise ValueError(f"decode: indices must be a non-empty [B, d, h, w], got {tuple(indices.shape)}")
+        low, high = (bound.item() for bound in indices.aminmax())
+        if low < 0 or high >= self.config.n_codes:
+            raise ValueError(
+                f"decode: indices must lie in [0, {self.config.n_codes}), got {low} to {high}; "
+                "do they belong to this codebook?"
+            )
+        rows = self.codebook.lookup(indices.to(self.device))
+        if joint:
+            return self._decode_rows(rows)
+
+        if tile < f or tile % f:
+            raise ValueError(f"decode: tile must be a positive multiple of {f} voxels, got {tile}")
+        warnings.warn(
+            "decode(joint=False) gives every tile its own normalisation and attention: seams show between tiles",
+            stacklevel=2,
+        )
+        t = tile // f
+        volume = rows.new_empty(
+            (rows.shape[0], self.config.image_channels, *(n * f for n in rows.shape[2:])), dtype=self.dtype
+        )
+        for i, j, k in product(*(range(0, n, t) for n in rows.shape[2:])):
+            piece = self._decode_rows(rows[:, :, i : i + t, j : j + t, k : k + t])
+            d, h, w = piece.shape[2:]
+            volume[:, :, i * f :, j * f :, k * f :][..., :d, :h, :w] = piece
+        return volume
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Reconstruct x [B, 1, D, H, W]: encode, quantise, decode jointly, crop to x's size."""
+        d, h, w = x.shape[-3:]
+        return self.decode(self.quantize(self.encode(x))[0])[..., :d, :h, :w]
+
+    def _decode_rows(self, rows: Tensor) -> Tensor:
+        return self.decoder(self.post_vq_conv(rows.to(self.dtype)))
+
+    def _patches_that_fit(self) -> int:
+        """On a GPU as many patches as half of its free memory holds; on a CPU one, which stays in cache."""
+        if self.device.type != "cuda":
+            return 1
+        # The widest moment is a residual block of the finest level: input, norm, two convolution outputs.
+        patch_bytes = 4 * self.config.n_hiddens * self.config.patch_size**3 * self.dtype.itemsize
+        free_bytes, _ = torch.cuda.mem_get_info(self.device)
+        return max(1, free_bytes // 2 // patch_bytes)

@@ -1,0 +1,40 @@
+"""Layers that the autoencoder and the denoiser share. Tensors are [B, C, D, H, W], kept in channels-last memory format."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm that hands on the channels-last memory format of its input; CUDA's own falls back to contiguous."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).contiguous(memory_format=torch.channels_last_3d)
+
+
+def conv3(in_channels: int, out_channels: int) -> nn.Conv3d:
+    return nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
+
+
+def down_conv(channels: int) -> nn.Conv3d:
+    """Halves every axis."""
+    return nn.Conv3d(channels, channels, kernel_size=4, stride=2, padding=1)
+
+
+def up_conv(channels: int) -> nn.ConvTranspose3d:
+    """Doubles every axis."""
+    return nn.ConvTranspose3d(channels, channels, kernel_size=4, stride=2, padding=1)
+
+
+def attend_over_volume(x: Tensor, to_qkv: nn.Linear, to_out: nn.Conv3d, heads: int) -> Tensor:
+    """Multi-head self-attention with every voxel of `x` [B, C, D, H, W] as a token, in D, H, W order.
+
+    `to_qkv` maps C → 3·heads·head_dim, its rows in the order q, k, v and each head-major; `to_out` is a 1³ convolution.
+    """
+    b, _, d, h, w = x.shape
+    qkv = to_qkv(x.permute(0, 2, 3, 4, 1).reshape(b, d * h * w, -1))
+    q, k, v = qkv.view(b, d * h * w, 3, heads, -1).permute(2, 0, 3, 1, 4)
+    out = F.scaled_dot_product_attention(q, k, v)
+    return to_out(out.transpose(1, 2).reshape(b, d, h, w, -1).permute(0, 4, 1, 2, 3))

@@ -1,0 +1,93 @@
+"""The intra-patch flow of BiFlowNet: a small DiT whose attention never leaves its sub-volume
+(Wang et al., TMI 2025, section III-C; Peebles & Xie 2023).
+
+Tokens are [B, N, T, C]: N sub-volumes of T tokens each, in D, H, W order. The condition is [B, 8C], one per sample.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+_NORM_EPS = 1e-6
+
+
+def position_embedding(tokens_per_axis: int, dim: int) -> Tensor:
+    """Sine-cosine embedding of a token's place in its sub-volume: float32 [1, tokens_per_axis³, dim].
+
+    dim/3 numbers for each of D, H, W, in that order: sines, then cosines, of index · 10000^(-k / (dim/6)).
+    """
+    frequencies = 10000.0 ** (-torch.arange(dim // 6, dtype=torch.float64) / (dim // 6))
+    angles = torch.arange(tokens_per_axis, dtype=torch.float64)[:, None] * frequencies
+    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
+    n = tokens_per_axis
+    places = [
+        axis[:, None, None].expand(n, n, n, -1),
+        axis[None, :, None].expand(n, n, n, -1),
+        axis[None, None, :].expand(n, n, n, -1),
+    ]
+    return torch.cat(places, dim=-1).reshape(1, n**3, -1).float()
+
+
+def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """LayerNorm without affine, then scale and shift from the condition ([B, C] each, the same for all sub-volumes)."""
+    return F.layer_norm(x, x.shape[-1:], eps=_NORM_EPS) * (1 + scale[:, None, None]) + shift[:, None, None]
+
+
+class SubVolumeAttention(nn.Module):
+    """Multi-head self-attention among the T tokens of each sub-volume."""
+
+    def __init__(self, dim: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = rearrange(self.qkv(x), "b n t (three h c) -> three (b n) h t c", three=3, h=self.heads)
+        out = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(rearrange(out, "(b n) h t c -> b n t (h c)", b=x.shape[0]))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """DiT block with adaLN modulation; `skip` adds the linear merge of a skip connection in front."""
+
+    def __init__(self, dim: int, condition_dim: int, heads: int, mlp_ratio: int, skip: bool = False) -> None:
+        super().__init__()
+        if skip:
+            self.skip_linear = nn.Linear(2 * dim, dim)
+        self.attn = SubVolumeAttention(dim, heads)
+        self.mlp = Mlp(dim, mlp_ratio * dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, 6 * dim))
+
+    def forward(self, x: Tensor, condition: Tensor, skip: Tensor | None = None) -> Tensor:
+        if skip is not None:
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = self.adaLN_modulation(condition).chunk(6, 1)
+        x = x + attn_gate[:, None, None] * self.attn(_modulate(x, attn_shift, attn_scale))
+        return x + mlp_gate[:, None, None] * self.mlp(_modulate(x, mlp_shift, mlp_scale))
+
+
+class FinalLayer(nn.Module):
+    """Tokens [B, N, T, C] → one row of token_patch³ · C numbers per token, ordered (pd, ph, pw, channel)."""
+
+    def __init__(self, dim: int, condition_dim: int, token_patch: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(dim, token_patch**3 * dim)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, 2 * dim))
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
+        return self.linear(_modulate(x, shift, scale))

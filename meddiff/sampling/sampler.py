@@ -1,0 +1,108 @@
+"""The denoising loop: from noise to a latent in the denoiser's range."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from meddiff.models.biflownet import BiFlowNet
+from meddiff.sampling.schedule import NoiseSchedule
+from meddiff.sampling.solvers import ddim_step, ddim_timesteps, ddpm_step, ddpm_timesteps
+
+# solver → timesteps of a run
+SOLVERS: dict[str, Callable[[int, int], list[int]]] = {"ddim": ddim_timesteps, "ddpm": ddpm_timesteps}
+_RESOLUTION_UNIT = 64  # latent elements per unit of the resolution condition, for every downsampling factor
+
+
+class NoiseSource:
+    """Standard normal noise from one generator per sample.
+
+    Drawn on the CPU, so that a seed gives the same sample whatever the device, the rest of the batch and other users of
+    random numbers. Sample b of a batch has seed `seed + b`, unless a seed per sample is given.
+    """
+
+    def __init__(self, seed: int | Sequence[int], batch: int) -> None:
+        seeds = [seed + b for b in range(batch)] if isinstance(seed, int) else list(seed)
+        if len(seeds) != batch or any(not 0 <= s < 2**63 for s in seeds):
+            raise ValueError(f"sample: seed must be one integer in [0, 2**63) or {batch} of them, got {seed!r}")
+        self._generators = [torch.Generator("cpu").manual_seed(s) for s in seeds]
+
+    def draw(self, shape: Sequence[int], device: torch.device) -> Tensor:
+        """Float32 [B, *shape]."""
+        return torch.stack([torch.randn(*shape, generator=g) for g in self._generators]).to(device)
+
+
+@torch.inference_mode()
+def sample_latent(
+    denoiser: BiFlowNet,
+    schedule: NoiseSchedule,
+    noise: Tensor | Sequence[int],
+    y: Tensor,
+    *,
+    solver: str = "ddim",
+    steps: int | None = None,
+    eta: float = 0.0,
+    seed: int | Sequence[int] = 0,
+    progress: Callable[[Sequence], Iterable] = iter,
+) -> Tensor:
+    """Sample latents in the denoiser's range (scaled, about [-1, 1]).
+
+    Args:
+        denoiser: noise estimator; its device and dtype are used for the network, the latent itself stays float32.
+        schedule: noise schedule; brought to the denoiser's device.
+        noise: the start, float [B, C, D, H, W], or the latent's size (D, H, W) to draw it from `seed`.
+        y: classes, integer [B].
+        solver: "ddim" (Song et al. 2021) or "ddpm" (Ho et al. 2020).
+        steps: denoising steps; None is 50 for ddim and all of the schedule's for ddpm.
+        eta: DDIM's share of fresh noise, 0 (deterministic) to 1.
+        seed: of the start and of the noise in between; sample b has `seed + b` unless one is given per sample.
+        progress: wraps the sequence of steps, for example with tqdm.
+
+    Returns:
+        Float32 [B, C, D, H, W] on the denoiser's device.
+
+    Raises:
+        ValueError: for an unknown solver, or steps, eta, seed or shapes that do not fit.
+        FloatingPointError: as soon as the estimate is not finite; the message names the step.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"sample: unknown solver {solver!r}; known are {sorted(SOLVERS)}")
+    if not 0 <= eta <= 1 or (eta and solver != "ddim"):
+        raise ValueError(f"sample: eta must lie in [0, 1] and belongs to solver 'ddim', got eta={eta} with {solver!r}")
+    if y.ndim != 1 or y.is_floating_point():
+        raise ValueError(f"sample: y must be integer [B], got {y.dtype} {tuple(y.shape)}")
+    if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < denoiser.config.num_classes:
+        raise ValueError(f"sample: classes must lie in [0, {denoiser.config.num_classes}), got {y.tolist()}")
+    if steps is None:
+        steps = schedule.timesteps if solver == "ddpm" else 50
+    timesteps = SOLVERS[solver](schedule.timesteps, steps)
+
+    batch, device = y.shape[0], denoiser.device
+    source = NoiseSource(seed, batch)
+    if isinstance(noise, Tensor):
+        x = noise.to(device, torch.float32)
+    else:
+        x = source.draw((denoiser.config.channels, *noise), device)
+    if x.ndim != 5 or x.shape[0] != batch:
+        raise ValueError(f"sample: noise must be [{batch}, {denoiser.config.channels}, D, H, W], got {tuple(x.shape)}")
+    y = y.to(device)
+    resolution = torch.tensor(x.shape[2:], dtype=torch.float32, device=device) / _RESOLUTION_UNIT
+    schedule = schedule.to(device)
+
+    for i, step in enumerate(progress(timesteps)):
+        t = torch.full((batch,), step, device=device)
+        estimate = denoiser(x, t, y, resolution).float()
+        if not torch.isfinite(estimate).all():
+            raise FloatingPointError(
+                f"sample: the noise estimate is not finite at step {i + 1} of {steps} (t = {step}); "
+                "check the weights, or use dtype float32"
+            )
+        if solver == "ddpm":
+            x = ddpm_step(schedule, x, estimate, t, source.draw(x.shape[1:], device))
+        else:
+            t_next = torch.full_like(t, timesteps[i + 1] if i + 1 < steps else 0)
+            fresh = source.draw(x.shape[1:], device) if eta else None
+            x = ddim_step(schedule, x, estimate, t, t_next, eta, fresh)
+    return x
