@@ -195,9 +195,7 @@ ANATOMIES: dict[str, Anatomy] = {
     "ct_chest_abdomen": Anatomy(
         1, "CT chest and abdomen", "CT", (((32, 32, 32), (1.25, 1.25, 1.25)), ((64, 64, 64), (0.7, 0.7, 1)))
     ),
-    "ct_legs": Anatomy(
-        2, "CT legs", "CT", (((32, 32, 32), (1.25, 1.25, 1.25)), ((64, 32, 32), (1.25, 1.25, 1.25)))
-    ),
+    "ct_legs": Anatomy(2, "CT legs", "CT", (((32, 32, 32), (1.25, 1.25, 1.25)), ((64, 32, 32), (1.25, 1.25, 1.25)))),
     "mr_t1_brain": Anatomy(3, "MR T1 brain", "MR", (((24, 24, 24), (1, 1, 1)),)),
     "mr_t2_brain": Anatomy(4, "MR T2 brain", "MR", (((24, 24, 24), (1, 1, 1)),)),
     "mr_abdomen": Anatomy(5, "MR abdomen", "MR", (((16, 32, 32), (1.2, 1.2, 2)),)),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable, Iterable, Sequence
 from itertools import product
 
 import torch
@@ -12,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meddiff.config import AutoencoderConfig
-from meddiff.models.blocks import GroupNorm, attend_over_volume, conv3, down_conv, up_conv
+from meddiff.models.blocks import GroupNorm, attend_over_volume, conv1, conv3, down_conv, up_conv
 from meddiff.models.codebook import Codebook
+from meddiff.resources import require_memory
 
 _NORM_EPS = 1e-6
 _HEADS, _HEAD_DIM = 4, 32
@@ -29,7 +31,7 @@ class ResBlock(nn.Module):
         self.norm2 = GroupNorm(groups, out_channels, _NORM_EPS)
         self.conv2 = conv3(out_channels, out_channels)
         same_width = in_channels == out_channels
-        self.resConv = nn.Identity() if same_width else nn.Conv3d(in_channels, out_channels, kernel_size=1)
+        self.resConv = nn.Identity() if same_width else conv1(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x), inplace=True))
@@ -44,7 +46,7 @@ class AttentionBlock(nn.Module):
         super().__init__()
         self.norm = GroupNorm(groups, channels, _NORM_EPS)
         self.to_qkv = nn.Linear(channels, 3 * _HEADS * _HEAD_DIM, bias=False)
-        self.to_out = nn.Conv3d(_HEADS * _HEAD_DIM, channels, kernel_size=1)
+        self.to_out = conv1(_HEADS * _HEAD_DIM, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return attend_over_volume(self.norm(x), self.to_qkv, self.to_out, _HEADS).add_(x)
@@ -146,8 +148,8 @@ class PatchVolumeAutoencoder(nn.Module):
         self.config = config
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
-        self.pre_vq_conv = nn.Conv3d(config.embedding_dim, config.embedding_dim, kernel_size=1)
-        self.post_vq_conv = nn.Conv3d(config.embedding_dim, config.embedding_dim, kernel_size=1)
+        self.pre_vq_conv = conv1(config.embedding_dim, config.embedding_dim)
+        self.post_vq_conv = conv1(config.embedding_dim, config.embedding_dim)
         self.codebook = Codebook(config.n_codes, config.embedding_dim)
         self.to(memory_format=torch.channels_last_3d)
 
@@ -159,13 +161,16 @@ class PatchVolumeAutoencoder(nn.Module):
     def device(self) -> torch.device:
         return self.pre_vq_conv.weight.device
 
-    def encode(self, x: Tensor, patch_batch: int | None = None) -> Tensor:
+    def encode(
+        self, x: Tensor, patch_batch: int | None = None, progress: Callable[[Sequence], Iterable] = iter
+    ) -> Tensor:
         """Encode a volume patch by patch.
 
         Args:
             x: [B, 1, D, H, W] in [-1, 1], any floating dtype and any device; patches are moved one batch at a time.
                 A size that is no multiple of the patch is padded with its edge values, at the far end of each axis.
             patch_batch: patches per batch; None chooses a number that fits the device's free memory.
+            progress: wraps the sequence of batches, for example with tqdm.
 
         Returns:
             The latent before quantisation, float32 [B, 8, d, h, w] with d = ceil(D / p) · p / f.
@@ -191,7 +196,7 @@ class PatchVolumeAutoencoder(nn.Module):
             (x.shape[0], self.config.embedding_dim, *(g * q for g in grid)), dtype=torch.float32, device=self.device
         )
         cells = list(product(range(x.shape[0]), *map(range, grid)))
-        for start in range(0, len(cells), patch_batch):
+        for start in progress(range(0, len(cells), patch_batch)):
             batch = cells[start : start + patch_batch]
             patches = torch.cat([x[b : b + 1, :, i * p :, j * p :, k * p :][..., :p, :p, :p] for b, i, j, k in batch])
             z = self.pre_vq_conv(self.encoder(patches.to(self.device, self.dtype)))
@@ -229,6 +234,12 @@ class PatchVolumeAutoencoder(nn.Module):
             )
         rows = self.codebook.lookup(indices.to(self.device))
         if joint:
+            require_memory(
+                self.joint_decode_bytes(indices.shape),
+                self.device,
+                f"decode: the joint decode of {tuple(n * f for n in indices.shape[1:])} voxels",
+                "free some, decode a smaller volume, or use bfloat16 where float32 is set",
+            )
             return self._decode_rows(rows)
 
         if tile < f or tile % f:
@@ -251,6 +262,15 @@ class PatchVolumeAutoencoder(nn.Module):
         """Reconstruct x [B, 1, D, H, W]: encode, quantise, decode jointly, crop to x's size."""
         d, h, w = x.shape[-3:]
         return self.decode(self.quantize(self.encode(x))[0])[..., :d, :h, :w]
+
+    def joint_decode_bytes(self, size: Sequence[int]) -> int:
+        """About how much memory decoding a latent of (B, d, h, w) jointly takes at its peak, beside the weights.
+
+        The peak is in the first residual block of the finest level: its input and the norm of it are twice the base
+        width wide, two convolution outputs once, and about one more is the convolutions' own scratch space.
+        """
+        voxels = math.prod(size) * self.config.downsample**3
+        return 7 * self.config.n_hiddens * voxels * self.dtype.itemsize
 
     def _decode_rows(self, rows: Tensor) -> Tensor:
         return self.decoder(self.post_vq_conv(rows.to(self.dtype)))

@@ -11,7 +11,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from meddiff.config import DenoiserConfig
-from meddiff.models.blocks import GroupNorm, attend_over_volume, conv3, down_conv, up_conv
+from meddiff.models.blocks import Conv3d, GroupNorm, attend_over_volume, conv1, conv3, down_conv, up_conv
 from meddiff.models.dit import DiTBlock, FinalLayer, position_embedding
 
 _HEADS, _HEAD_DIM = 8, 32
@@ -59,7 +59,7 @@ class ResnetBlock(nn.Module):
         self.block1 = Block(in_channels, out_channels, groups)
         self.block2 = Block(out_channels, out_channels, groups)
         same_width = in_channels == out_channels
-        self.res_conv = nn.Identity() if same_width else nn.Conv3d(in_channels, out_channels, kernel_size=1)
+        self.res_conv = nn.Identity() if same_width else conv1(in_channels, out_channels)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         scale_shift = None if condition is None else self.mlp(condition).chunk(2, dim=1)
@@ -83,7 +83,7 @@ class VolumeAttention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.to_qkv = nn.Linear(channels, 3 * _HEADS * _HEAD_DIM, bias=False)
-        self.to_out = nn.Conv3d(_HEADS * _HEAD_DIM, channels, kernel_size=1)
+        self.to_out = conv1(_HEADS * _HEAD_DIM, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return attend_over_volume(x, self.to_qkv, self.to_out, _HEADS)
@@ -144,7 +144,7 @@ class BiFlowNet(nn.Module):
         self.res_mlp = nn.Sequential(nn.Linear(3, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, 4 * dim))
 
         self.x_embedder = nn.ModuleDict(
-            {"proj": nn.Conv3d(config.channels, dim, kernel_size=config.token_patch, stride=config.token_patch)}
+            {"proj": Conv3d(config.channels, dim, kernel_size=config.token_patch, stride=config.token_patch)}
         )
         self.register_buffer("pos_embed", position_embedding(config.sub_volume // config.token_patch, dim))
         self.IntraPatchFlow_input = nn.ModuleList(flow(skip=False) for _ in range(_FLOW_BLOCKS))
@@ -171,9 +171,7 @@ class BiFlowNet(nn.Module):
             up = up_conv(below) if i >= 2 else nn.Identity()
             layers = [resnet(2 * width, width), attention(i, width), resnet(2 * width, below), attention(i, below)]
             self.ups.append(nn.ModuleList([*layers, up]))
-        self.final_conv = nn.Sequential(
-            ResnetBlock(2 * dim, dim, groups), nn.Conv3d(dim, config.channels, kernel_size=1)
-        )
+        self.final_conv = nn.Sequential(ResnetBlock(2 * dim, dim, groups), conv1(dim, config.channels))
         self.to(memory_format=torch.channels_last_3d)
 
     @property

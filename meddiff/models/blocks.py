@@ -1,4 +1,4 @@
-"""Layers that the autoencoder and the denoiser share. Tensors are [B, C, D, H, W], kept in channels-last memory format."""
+"""Layers that the autoencoder and the denoiser share. Tensors are [B, C, D, H, W] in channels-last memory format."""
 
 from __future__ import annotations
 
@@ -7,25 +7,42 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-class GroupNorm(nn.GroupNorm):
-    """GroupNorm that hands on the channels-last memory format of its input; CUDA's own falls back to contiguous."""
+class _ChannelsLast:
+    """Hands on channels-last tensors. PyTorch falls back to contiguous ones in CUDA's GroupNorm and for convolutions of
+    few voxels; where it does not, this costs nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).contiguous(memory_format=torch.channels_last_3d)
 
 
-def conv3(in_channels: int, out_channels: int) -> nn.Conv3d:
-    return nn.Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
+class GroupNorm(_ChannelsLast, nn.GroupNorm):
+    pass
 
 
-def down_conv(channels: int) -> nn.Conv3d:
+class Conv3d(_ChannelsLast, nn.Conv3d):
+    pass
+
+
+class ConvTranspose3d(_ChannelsLast, nn.ConvTranspose3d):
+    pass
+
+
+def conv1(in_channels: int, out_channels: int) -> Conv3d:
+    return Conv3d(in_channels, out_channels, kernel_size=1)
+
+
+def conv3(in_channels: int, out_channels: int) -> Conv3d:
+    return Conv3d(in_channels, out_channels, kernel_size=3, padding=1)
+
+
+def down_conv(channels: int) -> Conv3d:
     """Halves every axis."""
-    return nn.Conv3d(channels, channels, kernel_size=4, stride=2, padding=1)
+    return Conv3d(channels, channels, kernel_size=4, stride=2, padding=1)
 
 
-def up_conv(channels: int) -> nn.ConvTranspose3d:
+def up_conv(channels: int) -> ConvTranspose3d:
     """Doubles every axis."""
-    return nn.ConvTranspose3d(channels, channels, kernel_size=4, stride=2, padding=1)
+    return ConvTranspose3d(channels, channels, kernel_size=4, stride=2, padding=1)
 
 
 def attend_over_volume(x: Tensor, to_qkv: nn.Linear, to_out: nn.Conv3d, heads: int) -> Tensor:

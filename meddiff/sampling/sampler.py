@@ -13,7 +13,20 @@ from meddiff.sampling.solvers import ddim_step, ddim_timesteps, ddpm_step, ddpm_
 
 # solver → timesteps of a run
 SOLVERS: dict[str, Callable[[int, int], list[int]]] = {"ddim": ddim_timesteps, "ddpm": ddpm_timesteps}
+_DDIM_STEPS = 50
 _RESOLUTION_UNIT = 64  # latent elements per unit of the resolution condition, for every downsampling factor
+
+
+def solver_timesteps(schedule: NoiseSchedule, solver: str, steps: int | None = None) -> list[int]:
+    """The timesteps that a solver visits, in order. `steps` None is 50 for ddim and all of the schedule's for ddpm.
+
+    Raises ValueError for an unknown solver or a number of steps that it cannot take.
+    """
+    if solver not in SOLVERS:
+        raise ValueError(f"sample: unknown solver {solver!r}; known are {sorted(SOLVERS)}")
+    if steps is None:
+        steps = schedule.timesteps if solver == "ddpm" else min(_DDIM_STEPS, schedule.timesteps)
+    return SOLVERS[solver](schedule.timesteps, steps)
 
 
 class NoiseSource:
@@ -55,7 +68,7 @@ def sample_latent(
         noise: the start, float [B, C, D, H, W], or the latent's size (D, H, W) to draw it from `seed`.
         y: classes, integer [B].
         solver: "ddim" (Song et al. 2021) or "ddpm" (Ho et al. 2020).
-        steps: denoising steps; None is 50 for ddim and all of the schedule's for ddpm.
+        steps: denoising steps; None as in `solver_timesteps`.
         eta: DDIM's share of fresh noise, 0 (deterministic) to 1.
         seed: of the start and of the noise in between; sample b has `seed + b` unless one is given per sample.
         progress: wraps the sequence of steps, for example with tqdm.
@@ -67,17 +80,13 @@ def sample_latent(
         ValueError: for an unknown solver, or steps, eta, seed or shapes that do not fit.
         FloatingPointError: as soon as the estimate is not finite; the message names the step.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"sample: unknown solver {solver!r}; known are {sorted(SOLVERS)}")
+    timesteps = solver_timesteps(schedule, solver, steps)
     if not 0 <= eta <= 1 or (eta and solver != "ddim"):
         raise ValueError(f"sample: eta must lie in [0, 1] and belongs to solver 'ddim', got eta={eta} with {solver!r}")
     if y.ndim != 1 or y.is_floating_point():
         raise ValueError(f"sample: y must be integer [B], got {y.dtype} {tuple(y.shape)}")
     if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < denoiser.config.num_classes:
         raise ValueError(f"sample: classes must lie in [0, {denoiser.config.num_classes}), got {y.tolist()}")
-    if steps is None:
-        steps = schedule.timesteps if solver == "ddpm" else 50
-    timesteps = SOLVERS[solver](schedule.timesteps, steps)
 
     batch, device = y.shape[0], denoiser.device
     source = NoiseSource(seed, batch)
@@ -96,13 +105,13 @@ def sample_latent(
         estimate = denoiser(x, t, y, resolution).float()
         if not torch.isfinite(estimate).all():
             raise FloatingPointError(
-                f"sample: the noise estimate is not finite at step {i + 1} of {steps} (t = {step}); "
+                f"sample: the noise estimate is not finite at step {i + 1} of {len(timesteps)} (t = {step}); "
                 "check the weights, or use dtype float32"
             )
         if solver == "ddpm":
             x = ddpm_step(schedule, x, estimate, t, source.draw(x.shape[1:], device))
         else:
-            t_next = torch.full_like(t, timesteps[i + 1] if i + 1 < steps else 0)
+            t_next = torch.full_like(t, timesteps[i + 1] if i + 1 < len(timesteps) else 0)
             fresh = source.draw(x.shape[1:], device) if eta else None
             x = ddim_step(schedule, x, estimate, t, t_next, eta, fresh)
     return x

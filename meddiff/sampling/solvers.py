@@ -37,12 +37,14 @@ def ddim_step(
     eta: float = 0.0,
     noise: Tensor | None = None,
 ) -> Tensor:
-    """From t to t_next ≤ t (Song et al. 2021, equation 12), with the network's own noise estimate beside the clipped x0.
+    """From t to t_next ≤ t (Song et al. 2021, equation 12); beside the clipped x0 stands the network's own estimate.
 
     `noise` may be None where eta is 0.
     """
     alpha, alpha_next = _at(schedule.alphas_cumprod, t), _at(schedule.alphas_cumprod, t_next)
     x0 = schedule.predict_x0(x, t, noise_estimate)
     sigma = eta * ((1 - alpha_next) / (1 - alpha)).sqrt() * (1 - alpha / alpha_next).sqrt()
-    x = alpha_next.sqrt() * x0 + (1 - alpha_next - sigma**2).sqrt() * noise_estimate
+    # never negative but by rounding, where eta = 1 and almost no signal is left at t
+    direction = (1 - alpha_next - sigma**2).clamp(min=0).sqrt()
+    x = alpha_next.sqrt() * x0 + direction * noise_estimate
     return x if noise is None else x + sigma * noise

@@ -1,0 +1,76 @@
+"""What every benchmark records: the machine, the versions, the commit and the command beside the figures."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+import time
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or the processor's with its cores."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
+    return f"{found[1] if found else platform.processor() or platform.machine()}, {os.cpu_count()} cores"
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def environment(device: torch.device) -> dict:
+    """Device, versions, commit and command of this run."""
+    script = Path(sys.argv[0])
+    script = script.resolve().relative_to(ROOT) if script.resolve().is_relative_to(ROOT) else script.name
+    commit, changes = _git("rev-parse", "--short=12", "HEAD"), _git("status", "--porcelain", "--untracked-files=no")
+    return {
+        "device": device_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": {"python": platform.python_version()}
+        | {package: _version(package) for package in ("meddiff", "torch", "triton")},
+        "commit": commit and commit + ("+changes" if changes else ""),
+        "command": shlex.join(["python", str(script), *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def append_result(line: dict, device: torch.device) -> Path:
+    """Append one JSON line to results/<device>.jsonl, with `environment` in it, and return that file."""
+    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
+    path = RESULTS / f"{slug}.jsonl"
+    RESULTS.mkdir(exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps(line | environment(device)) + "\n")
+    return path
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """Columns aligned, the first to the left and the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    for row in [header, ["-" * w for w in widths], *rows]:
+        print("  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))))

@@ -1,0 +1,338 @@
+"""The command line: `meddiff generate | reconstruct | encode | decode | convert | doctor`.
+
+Exit codes: 0 done, 1 failed (one line on standard error says why), 2 wrong arguments, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse.typing import PositiveInt
+
+if TYPE_CHECKING:
+    from meddiff.pipelines import MedDiffusion
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Modality = Literal["CT", "MR"]
+
+
+class UsageError(Exception):
+    """Arguments that do not go together."""
+
+
+class _HelpFormatter(argparse.RawDescriptionHelpFormatter, DefaultHelpFormatter):
+    """Keeps the line breaks of the examples."""
+
+
+def generate(
+    out: str,
+    model: str | None = None,
+    untrained: str | None = None,
+    anatomy: str = "ct_chest_abdomen",
+    size: PositiveInt | str | None = None,
+    spacing: float | str | None = None,
+    solver: Literal["ddim", "ddpm"] = "ddim",
+    steps: PositiveInt | None = None,
+    eta: float = 0.0,
+    seed: int = 0,
+    preview: str | None = None,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+) -> None:
+    """Generate a volume from noise.
+
+    Args:
+        out: NIfTI file to write (.nii or .nii.gz); a .json beside it says how the volume came about.
+        model: Model folder, or "organisation/name" on the Hugging Face hub.
+        untrained: Preset with random weights instead of a model (8x, 4x, tiny): it generates noise, for trials.
+        anatomy: What to generate; see the list below.
+        size: Voxels along the file's axes, such as 512 or 256x256x128; by default the anatomy's first released size.
+        spacing: Voxel spacing in mm along the same axes, such as 1 or 0.7x0.7x1; by default the released one.
+        solver: ddim (few steps) or ddpm (all 1000).
+        steps: Denoising steps; by default 50 for ddim.
+        eta: Fresh noise in DDIM, 0 to 1.
+        seed: The same seed gives the same volume.
+        preview: PNG of the three middle planes to write.
+        device: Such as cuda, cuda:1 or cpu; by default the GPU where there is one.
+        dtype: Of the networks; by default bfloat16 where the device has it.
+    """
+    from meddiff.report import save_mid_planes
+
+    _check_target(out, (".nii", ".nii.gz"))
+    _check_target(preview, (".png",))
+    volume = _load(model, untrained, device, dtype).generate(
+        anatomy, _triple(size, int), spacing=_triple(spacing, float), solver=solver, steps=steps, eta=eta, seed=seed
+    )
+    volume.save(out)
+    if preview:
+        save_mid_planes(volume, preview)
+    for stage in volume.record["stages"]:
+        peak = "" if stage["peak_bytes"] is None else f", peak {stage['peak_bytes'] / 2**30:.1f} GiB"
+        print(f"{stage['name']}: {stage['seconds']:.1f} s{peak}")
+    print(f"wrote {out} ({_describe(volume)})")
+
+
+def reconstruct(
+    volume: str,
+    out: str,
+    model: str | None = None,
+    untrained: str | None = None,
+    modality: Modality | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+) -> None:
+    """Send a volume through the autoencoder: encode, quantise, decode jointly.
+
+    Args:
+        out: NIfTI file to write, with the same shape, orientation, affine and dtype.
+        model: Model folder, or "organisation/name" on the Hugging Face hub.
+        untrained: Preset with random weights instead of a model (8x, 4x, tiny): it gives noise, for trials.
+        modality: CT (Hounsfield units) or MR; by default judged from the voxels.
+        low: Intensity that maps to -1; by default -1000 for CT, the 0.5th percentile for MR. Goes with high.
+        high: Intensity that maps to 1; by default 1000 for CT, the 99.5th percentile for MR.
+        device: Such as cuda, cuda:1 or cpu; by default the GPU where there is one.
+        dtype: Of the networks; by default bfloat16 where the device has it.
+    """
+    from meddiff.volume import Volume
+
+    _check_target(out, (".nii", ".nii.gz"))
+    original = Volume.load(volume, modality, _window(low, high))
+    result = _load(model, untrained, device, dtype).reconstruct(original)
+    result.save(out)
+    print(f"wrote {out} ({_describe(result)})")
+
+
+def encode(
+    volume: str,
+    out: str,
+    model: str | None = None,
+    untrained: str | None = None,
+    modality: Modality | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+) -> None:
+    """Encode a volume into a latent file.
+
+    Args:
+        out: File to write (.safetensors): code indices, latent, and the volume's geometry and intensities.
+        model: Model folder, or "organisation/name" on the Hugging Face hub.
+        untrained: Preset with random weights instead of a model (8x, 4x, tiny), for trials.
+        modality: CT (Hounsfield units) or MR; by default judged from the voxels.
+        low: Intensity that maps to -1; by default -1000 for CT, the 0.5th percentile for MR. Goes with high.
+        high: Intensity that maps to 1; by default 1000 for CT, the 99.5th percentile for MR.
+        device: Such as cuda, cuda:1 or cpu; by default the GPU where there is one.
+        dtype: Of the networks; by default bfloat16 where the device has it.
+    """
+    from meddiff.volume import Volume
+
+    _check_target(out, (".safetensors",))
+    original = Volume.load(volume, modality, _window(low, high))
+    encoded = _load(model, untrained, device, dtype).encode(original)
+    encoded.save(out)
+    print(f"wrote {out} (latent {'×'.join(map(str, encoded.indices.shape))})")
+
+
+def decode(
+    latent: str,
+    out: str,
+    model: str | None = None,
+    untrained: str | None = None,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+) -> None:
+    """Decode a latent file into a volume.
+
+    Args:
+        out: NIfTI file to write, in the geometry, units and dtype of the volume that was encoded.
+        model: The model that encoded it.
+        untrained: The preset with random weights that encoded it.
+        device: Such as cuda, cuda:1 or cpu; by default the GPU where there is one.
+        dtype: Of the networks; by default bfloat16 where the device has it.
+    """
+    from meddiff.pipelines import EncodedVolume
+
+    _check_target(out, (".nii", ".nii.gz"))
+    encoded = EncodedVolume.load(latent)
+    volume = _load(model, untrained, device, dtype).decode(encoded)
+    volume.save(out)
+    print(f"wrote {out} ({_describe(volume)})")
+
+
+def convert(out: str, autoencoder: str, denoiser: str) -> None:
+    """Turn the released checkpoints of 3D MedDiffusion into a model folder. No code in the files is run.
+
+    Args:
+        autoencoder: Lightning checkpoint of the Patch-Volume autoencoder.
+        denoiser: Checkpoint of BiFlowNet.
+    """
+    from meddiff.conversion import convert as convert_files
+
+    print(convert_files(autoencoder, denoiser, out))
+    print(f"wrote {out}")
+
+
+def doctor() -> None:
+    """Print what is installed and active, and what to do about what is missing."""
+    from meddiff.doctor import examine
+
+    print(examine())
+
+
+def _anatomies() -> str:
+    from meddiff.config import ANATOMIES
+
+    lines = ["anatomies and their released sizes (X×Y×Z voxels):"]
+    for name, anatomy in ANATOMIES.items():
+        sizes = ", ".join("×".join(map(str, size)) for size in anatomy.sizes())
+        lines.append(f"  {name:<17} {anatomy.title}: {sizes}")
+    return "\n".join(lines)
+
+
+# command → function, its positional arguments with their help, examples
+_COMMANDS: dict[str, tuple[Callable[..., None], dict[str, str], str]] = {
+    "generate": (
+        generate,
+        {},
+        "examples:\n"
+        "  meddiff generate --out chest.nii.gz --model DIR --anatomy ct_chest_abdomen --size 512 --seed 1\n"
+        "  meddiff generate --out noise.nii.gz --untrained tiny --size 64 --steps 5 --preview noise.png\n\n"
+        + _anatomies(),
+    ),
+    "reconstruct": (
+        reconstruct,
+        {"volume": "NIfTI file to read."},
+        "examples:\n"
+        "  meddiff reconstruct brain.nii.gz --out again.nii.gz --model DIR\n"
+        "  meddiff reconstruct chest.nii.gz --out again.nii.gz --model DIR --modality CT --low -1000 --high 600",
+    ),
+    "encode": (
+        encode,
+        {"volume": "NIfTI file to read."},
+        "example:\n  meddiff encode brain.nii.gz --out brain.safetensors --model DIR",
+    ),
+    "decode": (
+        decode,
+        {"latent": "File that `meddiff encode` wrote."},
+        "example:\n  meddiff decode brain.safetensors --out brain.nii.gz --model DIR",
+    ),
+    "convert": (
+        convert,
+        {"out": "Model folder to write."},
+        "example:\n  meddiff convert my-model --autoencoder PatchVolume_8x_s2.ckpt --denoiser BiFlowNet_0453500.pt",
+    ),
+    "doctor": (doctor, {}, "example:\n  meddiff doctor"),
+}
+
+
+def _parser() -> ArgumentParser:
+    parser = ArgumentParser(
+        prog="meddiff",
+        description="3D medical latent diffusion: generate, reconstruct, encode and decode volumes.",
+        epilog="`meddiff COMMAND --help` shows a command's options and examples. Not for clinical use.",
+        formatter_class=_HelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=_version())
+    commands = parser.add_subcommands(required=True, dest="command")
+    for name, (function, positionals, examples) in _COMMANDS.items():
+        summary = (function.__doc__ or "").splitlines()[0]
+        command = ArgumentParser(description=summary, epilog=examples)
+        command.add_argument("--config", action="config", help="YAML file with any of the options.")
+        for argument, text in positionals.items():
+            command.add_argument(argument, type=str, help=text)
+        command.add_function_arguments(function, skip=set(positionals))
+        commands.add_subcommand(name, command, help=summary)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the command line and return its exit code."""
+    parser = _parser()
+    parsed = parser.parse_args(arguments)
+    command = parsed.command
+    options = dict(parsed[command])
+    options.pop("config", None)
+    warnings.showwarning = _print_warning
+    try:
+        _COMMANDS[command][0](**options)
+    except UsageError as error:
+        print(f"meddiff {command}: {error}", file=sys.stderr)
+        return 2
+    except (OSError, ValueError, MemoryError, FloatingPointError, ImportError) as error:
+        print(f"meddiff {command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"meddiff {command}: interrupted; nothing was left half written", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _load(model: str | None, untrained: str | None, device: str | None, dtype: str | None) -> MedDiffusion:
+    import torch
+
+    from meddiff.pipelines import MedDiffusion
+
+    if (model is None) == (untrained is None):
+        raise UsageError("give either --model DIR or --untrained PRESET (random weights)")
+    precision = getattr(torch, dtype) if dtype else None
+    if model is not None:
+        return MedDiffusion.from_pretrained(model, device, precision)
+    warnings.warn(f"--untrained {untrained}: random weights, so the result is noise", stacklevel=2)
+    return MedDiffusion.untrained(untrained, device=device, dtype=precision)
+
+
+def _check_target(path: str | None, suffixes: tuple[str, ...]) -> None:
+    """Refuse a target that cannot be written before the work, not after it."""
+    if path is None:
+        return
+    if not path.endswith(suffixes):
+        raise UsageError(f"{path}: the name must end in {' or '.join(suffixes)}")
+    if not Path(path).parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {Path(path).parent}; make it first")
+
+
+def _triple(text: float | str | None, number: type[int] | type[float]) -> tuple | None:
+    """One number for all three axes, or three with an x between them."""
+    if text is None:
+        return None
+    try:
+        values = tuple(number(part) for part in str(text).split("x"))
+    except ValueError:
+        values = ()
+    if len(values) not in (1, 3) or not all(v > 0 for v in values):
+        raise UsageError(f"expected a positive number, or three such as 256x256x128, got {text}")
+    return values * 3 if len(values) == 1 else values
+
+
+def _window(low: float | None, high: float | None) -> tuple[float, float] | None:
+    if (low is None) != (high is None):
+        raise UsageError("give both --low and --high, or neither")
+    return None if low is None else (low, high)
+
+
+def _describe(volume) -> str:
+    size, mm = ("×".join(f"{n:g}" for n in values) for values in (volume.shape, volume.spacing))
+    return f"{size} voxels of {mm} mm, {volume.intensity.modality}"
+
+
+def _print_warning(message, category, filename, lineno, file=None, line=None) -> None:
+    print(f"note: {message}", file=sys.stderr)
+
+
+def _version() -> str:
+    from meddiff import __version__
+
+    return f"meddiff {__version__}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""A whole model with its verbs: sample, generate, reconstruct, encode, decode."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from meddiff.checkpoint import fingerprint, load_model, save_model
+from meddiff.config import ANATOMIES, PRESETS, ModelConfig
+from meddiff.models import BiFlowNet, PatchVolumeAutoencoder
+from meddiff.pipelines.latents import EncodedVolume
+from meddiff.progress import convolution_progress, progress
+from meddiff.resources import StageMeter, default_device, default_dtype
+from meddiff.sampling import NoiseSchedule, sample_latent, solver_timesteps
+from meddiff.volume import IntensityScale, Volume
+
+_GENERATED_MR = IntensityScale(0, 1000, "MR")  # MR has no unit: a range that every viewer shows well
+
+
+class MedDiffusion:
+    """Autoencoder, denoiser and noise schedule of one model, on one device.
+
+    Attributes:
+        autoencoder: `PatchVolumeAutoencoder`, in eval mode.
+        denoiser: `BiFlowNet`, in eval mode.
+        schedule: `NoiseSchedule`.
+        config: `ModelConfig`.
+        trained: False for random weights, which generate noise.
+        source: where the weights came from, in words.
+    """
+
+    def __init__(
+        self,
+        autoencoder: PatchVolumeAutoencoder,
+        denoiser: BiFlowNet,
+        schedule: NoiseSchedule,
+        source: str,
+        trained: bool,
+    ) -> None:
+        self.config = ModelConfig(autoencoder.config, denoiser.config, schedule.config)
+        self.autoencoder = autoencoder.eval()
+        self.denoiser = denoiser.eval()
+        self.schedule = schedule
+        self.source = source
+        self.trained = trained
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, device: str | torch.device | None = None, dtype: torch.dtype | None = None
+    ) -> MedDiffusion:
+        """Load a model folder, or a repository of the Hugging Face hub ("organisation/name[@revision]").
+
+        Args:
+            source: the folder or the repository; see `save_pretrained` and `meddiff convert`.
+            device: None is the current CUDA device where there is one, else the CPU.
+            dtype: of the networks; None is bfloat16 where the device multiplies it natively, else float32.
+                Codebook, latents and schedule are float32 always.
+
+        Raises:
+            CheckpointError: for a missing, damaged or foreign model; the message names file and key.
+        """
+        device, dtype = _placement(device, dtype)
+        loaded = load_model(source, device, dtype)
+        schedule = NoiseSchedule(loaded.schedule).to(device)
+        return cls(loaded.autoencoder, loaded.denoiser, schedule, str(loaded.path), trained=True)
+
+    @classmethod
+    def untrained(
+        cls,
+        preset: str = "8x",
+        seed: int = 0,
+        device: str | torch.device | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> MedDiffusion:
+        """A model with random weights, for benchmarks and tests: it runs like a trained one and generates noise.
+
+        Raises ValueError for an unknown preset.
+        """
+        if preset not in PRESETS:
+            raise ValueError(f"untrained: unknown preset {preset!r}; known are {sorted(PRESETS)}")
+        device, dtype = _placement(device, dtype)
+        config = PRESETS[preset]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            autoencoder, denoiser = PatchVolumeAutoencoder(config.autoencoder), BiFlowNet(config.denoiser)
+        networks = [network.requires_grad_(False).to(device, dtype) for network in (autoencoder, denoiser)]
+        schedule = NoiseSchedule(config.schedule).to(device)
+        return cls(*networks, schedule, f"untrained {preset}, seed {seed}", trained=False)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the model folder that `from_pretrained` reads; weights keep their present dtype."""
+        save_model(folder, self.autoencoder, self.denoiser, self.config.schedule)
+
+    @property
+    def device(self) -> torch.device:
+        return self.denoiser.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.denoiser.dtype
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights of autoencoder and denoiser, as they are loaded."""
+        return fingerprint(self.autoencoder, self.denoiser)
+
+    @property
+    def size_unit(self) -> int:
+        """Generated volumes are multiples of this many voxels along each axis."""
+        return self.config.autoencoder.downsample * self.config.denoiser.sub_volume
+
+    def sample(
+        self,
+        noise: Tensor | Sequence[int],
+        y: Tensor | int,
+        solver: str = "ddim",
+        steps: int | None = None,
+        eta: float = 0.0,
+        seed: int | Sequence[int] = 0,
+    ) -> Tensor:
+        """Sample latents in the denoiser's range: float32 [B, 8, d, h, w]. See `meddiff.sampling.sample_latent`.
+
+        Args:
+            noise: the start [B, 8, d, h, w], or the latent's size (d, h, w) to draw it from the seed.
+            y: class, or classes [B].
+            solver, steps, eta, seed: as for `sample_latent`.
+        """
+        return sample_latent(
+            self.denoiser,
+            self.schedule,
+            noise,
+            torch.as_tensor(y).reshape(-1),
+            solver=solver,
+            steps=steps,
+            eta=eta,
+            seed=seed,
+            progress=progress("sampling"),
+        )
+
+    @torch.inference_mode()
+    def decode_latent(self, latent: Tensor) -> Tensor:
+        """Sampled latent, float [B, 8, d, h, w] in the denoiser's range → volume float32 [B, 1, D, H, W] in [-1, 1]."""
+        z = self.autoencoder.codebook.latent_scale().unscale(latent.to(self.device, torch.float32))
+        indices, _ = self.autoencoder.quantize(z)
+        return self._decode(indices)
+
+    def generate(
+        self,
+        anatomy: str = "ct_chest_abdomen",
+        size: Sequence[int] | None = None,
+        *,
+        spacing: Sequence[float] | None = None,
+        solver: str = "ddim",
+        steps: int | None = None,
+        eta: float = 0.0,
+        seed: int = 0,
+    ) -> Volume:
+        """Generate one volume.
+
+        Args:
+            anatomy: a name of `meddiff.config.ANATOMIES`.
+            size: voxels along the file's axes X, Y, Z, multiples of `size_unit`; None is the anatomy's first released
+                size. A size that was not released works, with a warning.
+            spacing: mm along X, Y, Z; None is the released one of that size.
+            solver, steps, eta, seed: as for `sample`.
+
+        Returns:
+            The volume in Hounsfield units (CT) or in 0…1000 (MR). `volume.record` says how it came about: seed, solver,
+            class, size, model, versions, seconds and peak memory of each stage.
+
+        Raises:
+            ValueError: for an unknown anatomy, or a size or spacing that does not fit.
+            MemoryError: if decoding needs more memory than is free.
+        """
+        if anatomy not in ANATOMIES:
+            raise ValueError(f"generate: unknown anatomy {anatomy!r}; known are {', '.join(ANATOMIES)}")
+        kind = ANATOMIES[anatomy]
+        if kind.class_index >= self.config.denoiser.num_classes:
+            raise ValueError(f"generate: this model has no class {kind.class_index} ({anatomy})")
+        size = tuple(size) if size is not None else kind.sizes()[0]
+        spacing = tuple(spacing) if spacing is not None else kind.spacing(size)
+        self._check_size(size)
+        if size not in kind.sizes():
+            warnings.warn(
+                f"generate: {anatomy} was released for sizes {', '.join(map(str, kind.sizes()))}, not {size}; "
+                "quality at other sizes is not known",
+                stacklevel=2,
+            )
+        x, y, z = (n // self.config.autoencoder.downsample for n in size)
+
+        meter = StageMeter(self.device)
+        with meter.stage("sample"):
+            latent = self.sample((z, x, y), kind.class_index, solver, steps, eta, seed)
+        with meter.stage("decode"):
+            tensor = self.decode_latent(latent)
+        intensity = IntensityScale.ct() if kind.modality == "CT" else _GENERATED_MR
+        record = {
+            "anatomy": anatomy,
+            "class": kind.class_index,
+            "size": list(size),
+            "spacing_mm": list(spacing),
+            "seed": seed,
+            "solver": solver,
+            "steps": len(solver_timesteps(self.schedule, solver, steps)),
+            "eta": eta,
+            "model": {"source": self.source, "trained": self.trained, "sha256": self.fingerprint},
+            "device": _device_name(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "versions": {name: version(name) for name in ("meddiff", "torch")},
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "stages": meter.to_dicts(),
+        }
+        return Volume.from_tensor(tensor, intensity=intensity, spacing=spacing, record=record)
+
+    @torch.inference_mode()
+    def encode(self, volume: Volume) -> EncodedVolume:
+        """Encode a volume patch by patch, keeping all that `decode` needs to give it back in place."""
+        latent = self.autoencoder.encode(volume.to_tensor(), progress=progress("encoding"))
+        indices, _ = self.autoencoder.quantize(latent)
+        return EncodedVolume(
+            indices=indices[0].cpu(),
+            latent=latent[0].cpu(),
+            shape=volume.shape,
+            affine=volume.affine,
+            intensity=volume.intensity,
+            source=volume.source,
+            codebook_sha256=self._codebook_fingerprint,
+        )
+
+    @torch.inference_mode()
+    def decode(self, encoded: EncodedVolume) -> Volume:
+        """The volume of `encode`'s result, with the geometry and intensities of the one that was encoded.
+
+        Raises ValueError if another autoencoder encoded it.
+        """
+        if encoded.codebook_sha256 != self._codebook_fingerprint:
+            raise ValueError(
+                "decode: this latent belongs to another codebook "
+                f"(SHA-256 {encoded.codebook_sha256[:12]}…, this model's is {self._codebook_fingerprint[:12]}…); "
+                "load the model that encoded it"
+            )
+        x, y, z = encoded.shape
+        tensor = self._decode(encoded.indices[None])[..., :z, :x, :y]
+        return Volume.from_tensor(tensor, intensity=encoded.intensity, affine=encoded.affine, source=encoded.source)
+
+    def reconstruct(self, volume: Volume) -> Volume:
+        """Encode, quantise and decode jointly: same size, affine, orientation, dtype and units as `volume`."""
+        return self.decode(self.encode(volume))
+
+    @cached_property
+    def _codebook_fingerprint(self) -> str:
+        return fingerprint(self.autoencoder.codebook)
+
+    def _decode(self, indices: Tensor) -> Tensor:
+        with convolution_progress(self.autoencoder.decoder, indices.shape, "decoding"):
+            return self.autoencoder.decode(indices).float().clamp_(-1, 1)
+
+    def _check_size(self, size: tuple[int, ...]) -> None:
+        unit = self.size_unit
+        if len(size) != 3 or any(not isinstance(n, int) or n < unit or n % unit for n in size):
+            near = tuple(max(unit, round(n / unit) * unit) for n in size)
+            raise ValueError(
+                f"generate: size must be three multiples of {unit} voxels (X, Y, Z), got {size}; nearest is {near}"
+            )
+
+
+def _placement(device: str | torch.device | None, dtype: torch.dtype | None) -> tuple[torch.device, torch.dtype]:
+    device = default_device() if device is None else torch.device(device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device {device} was asked for, and PyTorch sees no CUDA device; see `meddiff doctor`")
+    return device, dtype or default_dtype(device)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

@@ -1,0 +1,184 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from meddiff.config import PRESETS
+from meddiff.models import LatentScale, PatchVolumeAutoencoder
+from meddiff.models.autoencoder import AttentionBlock, ResBlock
+
+TINY = PRESETS["tiny"].autoencoder
+MANIFEST = json.loads((Path(__file__).parents[1] / "data" / "state_dict_manifest.json").read_text())
+TRAINING_ONLY = ("volume_discriminator.", "perceptual_loss.")
+
+
+@pytest.fixture(scope="module")
+def autoencoder(reference_weights):
+    return reference_weights(PatchVolumeAutoencoder(TINY))
+
+
+@pytest.mark.parametrize("preset", ["8x", "4x"])
+def test_keys_and_shapes_are_the_released_ones(preset):
+    with torch.device("meta"):
+        model = PatchVolumeAutoencoder(PRESETS[preset].autoencoder)
+    released = MANIFEST[f"patchvolume_{preset}"]
+    assert {key: list(t.shape) for key, t in model.state_dict().items()} == {
+        key: shape for key, shape in released.items() if not key.startswith(TRAINING_ONLY)
+    }
+
+
+@pytest.mark.parametrize(
+    "name, downsample",
+    [("patchvolume_8x_tiny", 8), ("patchvolume_4x_tiny", 4), ("patchvolume_8x_tiny_grid", 8)],
+)
+def test_reference_outputs(name, downsample, reference, reference_weights, relative_error):
+    model = reference_weights(PatchVolumeAutoencoder(dataclasses.replace(TINY, downsample=downsample)))
+    wanted = reference(name)
+    latent = model.encode(wanted["input"].float())
+    assert relative_error(latent, wanted["latent"]) < 1e-5
+    indices, rows = model.quantize(latent)
+    assert indices.dtype == torch.int64
+    clear = wanted["margin"] > 1e-4
+    assert clear.float().mean() > 0.9
+    assert torch.equal(indices[clear], wanted["indices"].long()[clear])
+    assert torch.equal(rows.movedim(1, -1), model.codebook.embeddings[indices])
+
+    volume = model.decode(wanted["indices"].long())
+    if "reconstruction" in wanted:
+        assert relative_error(volume, wanted["reconstruction"]) < 1e-5
+    else:
+        assert relative_error(volume[:, 0, volume.shape[2] // 2], wanted["reconstruction_mid"]) < 1e-5
+        assert relative_error(volume[..., volume.shape[4] // 2][:, 0], wanted["reconstruction_axial"]) < 1e-5
+
+
+def test_patches_are_cut_and_put_back_in_order(autoencoder):
+    x = torch.rand(2, 1, 32, 48, 64) * 2 - 1
+    latent = autoencoder.encode(x)
+    assert latent.shape == (2, 8, 4, 6, 8) and latent.dtype == torch.float32
+    for b, i, j, k in [(0, 0, 0, 0), (0, 1, 0, 3), (1, 0, 2, 1), (1, 1, 2, 3)]:
+        patch = x[b : b + 1, :, 16 * i : 16 * i + 16, 16 * j : 16 * j + 16, 16 * k : 16 * k + 16]
+        alone = autoencoder.pre_vq_conv(autoencoder.encoder(patch))[0]
+        there = latent[b, :, 2 * i : 2 * i + 2, 2 * j : 2 * j + 2, 2 * k : 2 * k + 2]
+        torch.testing.assert_close(there, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("patch_batch", [1, 5, 100])
+def test_the_patch_batch_does_not_matter(autoencoder, patch_batch):
+    x = torch.rand(1, 1, 32, 32, 32)
+    torch.testing.assert_close(autoencoder.encode(x, patch_batch), autoencoder.encode(x, 3), rtol=1e-4, atol=1e-5)
+
+
+def test_other_sizes_are_padded_with_edge_values_and_cropped(autoencoder):
+    x = torch.rand(1, 1, 17, 5, 30)
+    padded = torch.empty(1, 1, 32, 16, 32)
+    for axis_index in [(d, h, w) for d in range(32) for h in range(16) for w in range(32)]:
+        d, h, w = axis_index
+        padded[0, 0, d, h, w] = x[0, 0, min(d, 16), min(h, 4), min(w, 29)]
+    torch.testing.assert_close(autoencoder.encode(x), autoencoder.encode(padded))
+    out = autoencoder(x)
+    assert out.shape == x.shape
+    torch.testing.assert_close(out, autoencoder(padded)[:, :, :17, :5, :30])
+
+
+def test_a_batch_is_two_runs_of_one(autoencoder):
+    indices = torch.randint(0, TINY.n_codes, (2, 3, 2, 4), generator=torch.Generator().manual_seed(0))
+    both = autoencoder.decode(indices)
+    for b in range(2):
+        torch.testing.assert_close(both[b : b + 1], autoencoder.decode(indices[b : b + 1]), rtol=1e-4, atol=1e-5)
+
+
+def test_disjoint_tiles_warn_and_have_seams(autoencoder):
+    indices = torch.randint(0, TINY.n_codes, (1, 5, 4, 4), generator=torch.Generator().manual_seed(1))
+    joint = autoencoder.decode(indices)
+    with pytest.warns(UserWarning, match="seams"):
+        tiled = autoencoder.decode(indices, joint=False, tile=16)
+    assert tiled.shape == joint.shape
+    torch.testing.assert_close(tiled[:, :, 16:32, :16, 16:], autoencoder.decode(indices[:, 2:4, :2, 2:]))
+    torch.testing.assert_close(tiled[:, :, 32:, 16:, 16:], autoencoder.decode(indices[:, 4:, 2:, 2:]))
+    assert (tiled - joint).abs().max() > 0.01
+    with pytest.warns(UserWarning):
+        torch.testing.assert_close(autoencoder.decode(indices, joint=False, tile=256), joint)
+
+
+def test_bfloat16_keeps_codes_and_layout(reference, reference_weights, relative_error):
+    model = reference_weights(PatchVolumeAutoencoder(TINY)).to(torch.bfloat16)
+    wanted = reference("patchvolume_8x_tiny")
+    assert model.codebook.embeddings.dtype == torch.float32
+    latent = model.encode(wanted["input"])
+    assert latent.dtype == torch.float32 and relative_error(latent, wanted["latent"]) < 0.03
+    volume = model.decode(wanted["indices"].long())
+    assert volume.dtype == torch.bfloat16 and relative_error(volume, wanted["reconstruction"]) < 0.03
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_activations_stay_channels_last(dtype):
+    model = PatchVolumeAutoencoder(TINY).to(dtype).eval()
+    strided = []
+
+    def look(module, inputs, output):
+        if not output.is_contiguous(memory_format=torch.channels_last_3d):
+            strided.append(type(module).__name__)
+
+    layers = (torch.nn.Conv3d, torch.nn.ConvTranspose3d, torch.nn.GroupNorm, ResBlock, AttentionBlock)
+    hooks = [m.register_forward_hook(look) for m in model.modules() if isinstance(m, layers)]
+    model(torch.rand(2, 1, 16, 32, 16))
+    assert len(hooks) > 50 and strided == []
+
+
+def test_attention_spans_the_volume(autoencoder):
+    block = autoencoder.decoder.mid_block.attn
+    x = torch.randn(1, TINY.widths[-1], 3, 2, 4)
+    q, k, v = torch.nn.functional.linear(block.norm(x).flatten(2).mT.double(), block.to_qkv.weight.double()).chunk(
+        3, dim=-1
+    )
+    heads = []
+    for h in range(4):
+        part = slice(32 * h, 32 * h + 32)
+        weights = (q[..., part] @ k[..., part].mT / 32**0.5).softmax(-1)
+        heads.append(weights @ v[..., part])
+    mixed = torch.cat(heads, -1) @ block.to_out.weight.flatten(1).double().T + block.to_out.bias.double()
+    torch.testing.assert_close(block(x), x + mixed.mT.reshape(x.shape).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_latent_scale_and_its_inverse(autoencoder):
+    scale = autoencoder.codebook.latent_scale()
+    codes = autoencoder.codebook.embeddings
+    assert (scale.minimum, scale.maximum) == (codes.min().item(), codes.max().item())
+    scaled = scale.scale(codes)
+    assert (scaled.min().item(), scaled.max().item()) == pytest.approx((-1, 1), abs=1e-6)
+    torch.testing.assert_close(scaled, 2 * (codes - codes.min()) / (codes.max() - codes.min()) - 1)
+    torch.testing.assert_close(scale.unscale(scaled), codes)
+    with pytest.raises(ValueError, match="must exceed"):
+        LatentScale(1.0, 1.0)
+
+
+def test_training_gets_gradients(reference):
+    model = PatchVolumeAutoencoder(TINY)
+    with torch.enable_grad():
+        z = model.encode(reference("patchvolume_8x_tiny")["input"])
+        model.decoder(model.post_vq_conv(z)).square().mean().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    assert without == []
+
+
+def test_errors_say_what_was_wanted(autoencoder):
+    with pytest.raises(ValueError, match=r"\[B, 1, D, H, W\], got \(1, 2, 16, 16, 16\)"):
+        autoencoder.encode(torch.zeros(1, 2, 16, 16, 16))
+    with pytest.raises(TypeError, match="int16"):
+        autoencoder.encode(torch.zeros(1, 1, 16, 16, 16, dtype=torch.int16))
+    with pytest.raises(ValueError, match=r"\[0, 256\), got 0 to 256"):
+        autoencoder.decode(torch.tensor([[[[0, 256]]]]))
+    with pytest.raises(ValueError, match=r"\[B, d, h, w\]"):
+        autoencoder.decode(torch.zeros(2, 2, 2, dtype=torch.int64))
+    with pytest.raises(ValueError, match="multiple of 8"):
+        autoencoder.decode(torch.zeros(1, 2, 2, 2, dtype=torch.int64), joint=False, tile=12)
+
+
+def test_too_little_memory_is_said_beforehand(autoencoder, monkeypatch):
+    monkeypatch.setattr("meddiff.resources.available_bytes", lambda device: 1000)
+    with pytest.raises(MemoryError, match=r"joint decode of \(16, 16, 16\) voxels needs about"):
+        autoencoder.decode(torch.zeros(1, 2, 2, 2, dtype=torch.int64))

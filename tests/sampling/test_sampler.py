@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from meddiff.config import PRESETS
+from meddiff.models import BiFlowNet
+from meddiff.sampling import NoiseSchedule, sample_latent, solver_timesteps
+from meddiff.sampling.solvers import ddim_step, ddpm_step
+
+
+@pytest.fixture(scope="module")
+def denoiser(reference_weights):
+    return reference_weights(BiFlowNet(PRESETS["tiny"].denoiser))
+
+
+@pytest.fixture(scope="module")
+def schedule():
+    return NoiseSchedule()
+
+
+Y = torch.tensor([1])
+
+
+def test_ddim_is_the_reference(denoiser, schedule, reference, relative_error):
+    wanted = reference("ddim10_tiny_patch1")
+    latent = sample_latent(denoiser, schedule, wanted["z"], wanted["y"], steps=10)
+    assert relative_error(latent, wanted["latent"]) < 1e-5
+
+
+def test_timesteps(schedule):
+    assert solver_timesteps(schedule, "ddim", 10) == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]
+    assert solver_timesteps(schedule, "ddim", 1) == [0]
+    assert solver_timesteps(schedule, "ddim", 1000) == list(range(999, -1, -1))
+    for steps in (2, 7, 50, 999):
+        linspace = torch.linspace(0, 999, steps, dtype=torch.float64).long().flip(0).tolist()
+        wanted = [i * 999 // (steps - 1) for i in range(steps)][::-1]
+        assert solver_timesteps(schedule, "ddim", steps) == wanted
+        assert max(abs(a - b) for a, b in zip(wanted, linspace, strict=True)) <= 1  # rounding of linspace
+    assert len(solver_timesteps(schedule, "ddim")) == 50
+    assert solver_timesteps(schedule, "ddpm") == list(range(999, -1, -1))
+
+
+def test_ddim_with_eta_has_the_moments_of_its_equation(schedule):
+    t, t_next, eta = torch.tensor([600]), torch.tensor([400]), 0.7
+    generator = torch.Generator().manual_seed(0)
+    x0 = torch.full((1, 1, 1, 1, 1), 0.3)
+    estimate = torch.full_like(x0, -0.5)
+    x = schedule.add_noise(x0, t, estimate)
+    fresh = torch.randn(1, 1, 64, 64, 64, generator=generator)
+    out = ddim_step(schedule, x, estimate, t, t_next, eta, fresh).double()
+    a, b = schedule.alphas_cumprod[600].double(), schedule.alphas_cumprod[400].double()
+    sigma = eta * ((1 - b) / (1 - a)).sqrt() * (1 - a / b).sqrt()
+    assert out.mean().item() == pytest.approx((b.sqrt() * 0.3 - (1 - b - sigma**2).sqrt() * 0.5).item(), abs=5e-3)
+    assert out.std().item() == pytest.approx(sigma.item(), rel=0.01)
+
+
+def test_ddpm_step_has_the_moments_of_the_posterior(schedule):
+    t = torch.tensor([500])
+    x, estimate = torch.full((1, 1, 1, 1, 1), 0.4), torch.full((1, 1, 1, 1, 1), 0.2)
+    fresh = torch.randn(1, 1, 64, 64, 64, generator=torch.Generator().manual_seed(0))
+    out = ddpm_step(schedule, x, estimate, t, fresh)
+    mean, _ = schedule.posterior(schedule.predict_x0(x, t, estimate), x, t)
+    assert out.mean().item() == pytest.approx(mean.item(), abs=1e-3)
+    assert out.std().item() == pytest.approx(schedule.posterior_variance[500].sqrt().item(), rel=0.01)
+
+
+def test_no_noise_in_the_last_ddpm_step(schedule):
+    t = torch.tensor([0])
+    x, estimate = torch.full((1, 1, 1, 1, 1), 0.4), torch.full((1, 1, 1, 1, 1), 0.2)
+    assert torch.equal(
+        ddpm_step(schedule, x, estimate, t, torch.full_like(x, 1e6)),
+        ddpm_step(schedule, x, estimate, t, torch.zeros_like(x)),
+    )
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_the_seed_decides_whatever_else_runs(denoiser, schedule, eta):
+    def run(seed, batch=1):
+        return sample_latent(denoiser, schedule, (8, 8, 16), Y.expand(batch), steps=3, eta=eta, seed=seed)
+
+    torch.manual_seed(1)
+    first = run(7)
+    torch.manual_seed(2)
+    torch.randn(100)
+    assert torch.equal(run(7), first)
+    assert not torch.allclose(run(8), first, atol=0.1)
+    both = run(6, batch=2)
+    torch.testing.assert_close(both[1:], first, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(run([7, 3], batch=2)[:1], first, rtol=1e-3, atol=1e-3)
+    state = torch.get_rng_state()
+    run(7)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_ddpm_runs_all_steps(schedule):
+    class Counting(torch.nn.Module):
+        config = PRESETS["tiny"].denoiser
+        device = torch.device("cpu")
+        seen = []
+
+        def forward(self, x, t, y, resolution):
+            self.seen.append(int(t))
+            return x * schedule.sqrt_one_minus_alphas_cumprod[t]
+
+    model = Counting()
+    latent = sample_latent(model, schedule, (8, 8, 8), Y, solver="ddpm", seed=3)
+    assert model.seen == list(range(999, -1, -1))
+    assert latent.abs().max() <= 1.01 and latent.std() > 0.01
+
+
+def test_resolution_is_the_latent_size_over_64(schedule):
+    class Recording(torch.nn.Module):
+        config = PRESETS["tiny"].denoiser
+        device = torch.device("cpu")
+
+        def forward(self, x, t, y, resolution):
+            self.resolution = resolution
+            return torch.zeros_like(x)
+
+    model = Recording()
+    sample_latent(model, schedule, (8, 16, 24), Y, steps=1)
+    assert model.resolution.tolist() == [0.125, 0.25, 0.375]
+
+
+def test_non_finite_estimates_stop_with_the_step_named(schedule):
+    class Diverging(torch.nn.Module):
+        config = PRESETS["tiny"].denoiser
+        device = torch.device("cpu")
+
+        def forward(self, x, t, y, resolution):
+            return x / (t[0] > 500)
+
+    with pytest.raises(FloatingPointError, match=r"step 3 of 5 \(t = 499\)"):
+        sample_latent(Diverging(), schedule, (8, 8, 8), Y, steps=5)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"solver": "euler"}, "unknown solver 'euler'"),
+        ({"solver": "ddpm", "steps": 10}, "all 1000 steps"),
+        ({"steps": 0}, r"\[1, 1000\]"),
+        ({"steps": 1001}, r"\[1, 1000\]"),
+        ({"eta": 2.0}, "eta"),
+        ({"eta": 0.5, "solver": "ddpm", "steps": None}, "eta"),
+        ({"seed": -1}, "seed"),
+        ({"seed": [1, 2]}, "seed"),
+        ({"y": torch.tensor([7])}, r"\[0, 7\)"),
+        ({"y": torch.tensor([0.0])}, "integer"),
+        ({"noise": torch.zeros(2, 8, 8, 8, 8)}, r"noise must be \[1, 8, D, H, W\]"),
+        ({"noise": (8, 8, 9)}, "multiples of 8"),
+    ],
+)
+def test_errors_say_what_was_wanted(denoiser, schedule, options, message):
+    arguments = {"noise": (8, 8, 8), "y": Y, "steps": 2} | options
+    with pytest.raises(ValueError, match=message):
+        sample_latent(denoiser, schedule, **arguments)
