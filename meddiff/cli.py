@@ -66,8 +66,9 @@ def generate(
 
     _check_target(out, (".nii", ".nii.gz"))
     _check_target(preview, (".png",))
+    voxels, mm = _triple(size, int), _triple(spacing, float)
     volume = _load(model, untrained, device, dtype).generate(
-        anatomy, _triple(size, int), spacing=_triple(spacing, float), solver=solver, steps=steps, eta=eta, seed=seed
+        anatomy, voxels, spacing=mm, solver=solver, steps=steps, eta=eta, seed=seed
     )
     volume.save(out)
     if preview:
@@ -104,7 +105,8 @@ def reconstruct(
     from meddiff.volume import Volume
 
     _check_target(out, (".nii", ".nii.gz"))
-    original = Volume.load(volume, modality, _window(low, high))
+    window = _window(low, high)
+    original = Volume.load(volume, modality, window)
     result = _load(model, untrained, device, dtype).reconstruct(original)
     result.save(out)
     print(f"wrote {out} ({_describe(result)})")
@@ -136,7 +138,8 @@ def encode(
     from meddiff.volume import Volume
 
     _check_target(out, (".safetensors",))
-    original = Volume.load(volume, modality, _window(low, high))
+    window = _window(low, high)
+    original = Volume.load(volume, modality, window)
     encoded = _load(model, untrained, device, dtype).encode(original)
     encoded.save(out)
     print(f"wrote {out} (latent {'×'.join(map(str, encoded.indices.shape))})")
@@ -261,17 +264,19 @@ def main(arguments: list[str] | None = None) -> int:
     command = parsed.command
     options = dict(parsed[command])
     options.pop("config", None)
-    warnings.showwarning = _print_warning
     try:
-        _COMMANDS[command][0](**options)
+        with warnings.catch_warnings():
+            warnings.simplefilter("default")
+            warnings.showwarning = _print_warning
+            _COMMANDS[command][0](**options)
     except UsageError as error:
-        print(f"meddiff {command}: {error}", file=sys.stderr)
+        print(f"meddiff: {error}", file=sys.stderr)
         return 2
     except (OSError, ValueError, MemoryError, FloatingPointError, ImportError) as error:
-        print(f"meddiff {command}: {error}", file=sys.stderr)
+        print(f"meddiff: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"meddiff {command}: interrupted; nothing was left half written", file=sys.stderr)
+        print("meddiff: interrupted; nothing was left half written", file=sys.stderr)
         return 130
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 import warnings
 from collections.abc import Sequence
@@ -187,6 +188,8 @@ class MedDiffusion:
         size = tuple(size) if size is not None else kind.sizes()[0]
         spacing = tuple(spacing) if spacing is not None else kind.spacing(size)
         self._check_size(size)
+        if len(spacing) != 3 or not all(math.isfinite(mm) and mm > 0 for mm in spacing):
+            raise ValueError(f"generate: spacing must be three positive mm (X, Y, Z), got {spacing}")
         if size not in kind.sizes():
             warnings.warn(
                 f"generate: {anatomy} was released for sizes {', '.join(map(str, kind.sizes()))}, not {size}; "

@@ -1,0 +1,54 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from meddiff.config import ANATOMIES, PRESETS, AutoencoderConfig, DenoiserConfig, ModelConfig, ScheduleConfig
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS))
+def test_configurations_survive_json(preset):
+    for part in (PRESETS[preset].autoencoder, PRESETS[preset].denoiser, PRESETS[preset].schedule):
+        assert type(part).from_dict(json.loads(json.dumps(part.to_dict()))) == part
+
+
+def test_widths():
+    assert PRESETS["8x"].autoencoder.widths == (48, 96, 192, 192)
+    assert PRESETS["4x"].autoencoder.widths == (48, 96, 96)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (lambda: AutoencoderConfig(downsample=6), "power of two"),
+        (lambda: AutoencoderConfig(patch_size=20), "multiple of downsample"),
+        (lambda: AutoencoderConfig(n_hiddens=50), "multiple of num_groups"),
+        (lambda: AutoencoderConfig(n_codes=0), "n_codes must be a positive integer"),
+        (lambda: AutoencoderConfig(n_codes=2.5), "n_codes must be a positive integer"),
+        (lambda: AutoencoderConfig.from_dict({"width": 48}), r"unknown fields \['width'\]"),
+        (lambda: AutoencoderConfig.from_dict([48]), "expected a JSON object"),
+        (lambda: DenoiserConfig(dim=80), "multiple of 6"),
+        (lambda: DenoiserConfig(dim_mults=(1, 2, 4)), "begin with 1, 1"),
+        (lambda: DenoiserConfig(dim_mults=(1, 1)), "three or more"),
+        (lambda: DenoiserConfig(dim_mults=(1, 1, 2, 4, 8, 16)), "total stride"),
+        (lambda: DenoiserConfig(token_patch=3), "multiple of token_patch"),
+        (lambda: DenoiserConfig(attention_levels=6), "exceeds"),
+        (lambda: ScheduleConfig(s=0), r"\(0, 1\)"),
+        (lambda: ModelConfig(denoiser=DenoiserConfig(channels=4)), "must be equal"),
+    ],
+)
+def test_impossible_configurations_are_refused(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_released_anatomies():
+    assert [anatomy.class_index for anatomy in ANATOMIES.values()] == list(range(7))
+    chest = ANATOMIES["ct_chest_abdomen"]
+    assert chest.sizes() == ((256, 256, 256), (512, 512, 512))
+    assert chest.spacing((512, 512, 512)) == (0.7, 0.7, 1)
+    assert chest.spacing((128, 128, 128)) == chest.spacing((256, 256, 256)) == (1.25, 1.25, 1.25)
+    # tensor D, H, W of 8, 40, 40 are file axes X, Y, Z of 40, 40, 8
+    assert ANATOMIES["mr_knee"].sizes() == ((320, 320, 64),)
+    assert ANATOMIES["mr_abdomen"].sizes() == ((256, 256, 128),)

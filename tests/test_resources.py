@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+
+from meddiff.resources import StageMeter, available_bytes, default_device, default_dtype, require_memory
+
+CPU = torch.device("cpu")
+
+
+def test_meter_sees_time_and_memory_of_its_own_stage():
+    meter = StageMeter(CPU)
+    with meter.stage("small"):
+        time.sleep(0.05)
+    with meter.stage("large"):
+        torch.ones(2**26)  # 256 MiB
+    with meter.stage("small again"):
+        pass
+    small, large, again = meter.stages
+    assert [stage.name for stage in meter.stages] == ["small", "large", "small again"]
+    assert 0.05 <= small.seconds < 1
+    assert large.peak_bytes - small.peak_bytes > 200 * 2**20
+    assert large.peak_bytes - again.peak_bytes > 200 * 2**20
+    assert meter.to_dicts()[0]["name"] == "small"
+
+
+def test_memory_is_asked_for_beforehand():
+    free = available_bytes(CPU)
+    assert free > 2**20
+    require_memory(2**20, CPU, "a task", "do this")
+    with pytest.raises(MemoryError, match=r"a task needs about .* GiB on cpu, and .* GiB are free; do this"):
+        require_memory(2 * free, CPU, "a task", "do this")
+
+
+def test_defaults_exist():
+    assert default_device().type in ("cpu", "cuda")
+    assert default_dtype(CPU) in (torch.float32, torch.bfloat16)
