@@ -10,10 +10,14 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+import numpy as np
 import torch
+
+from meddiff.resources import StageMeter
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -57,6 +61,18 @@ def environment(device: torch.device) -> dict:
         "command": shlex.join(["python", str(script), *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
+
+
+def measure(work: Callable[[], object], device: torch.device, repeats: int) -> dict:
+    """Run `work` once to warm up, then `repeats` times: milliseconds p50, p20, p80 and peak memory of those."""
+    work()
+    meter = StageMeter(device)
+    for _ in range(repeats):
+        with meter.stage("run"):
+            work()
+    p20, p50, p80 = np.percentile([1e3 * stage.seconds for stage in meter.stages], (20, 50, 80))
+    peak = max((stage.peak_bytes or 0) for stage in meter.stages) or None
+    return {"ms_p50": p50, "ms_p20": p20, "ms_p80": p80, "peak_bytes": peak}
 
 
 def append_result(line: dict, device: torch.device) -> Path:

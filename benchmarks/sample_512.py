@@ -83,9 +83,16 @@ def main() -> int:
     ]
     print_table(["stage", "seconds", "voxels/s", "peak MiB"], rows)
 
-    line = {"benchmark": "sample_512", "size": size, "seconds": seconds, "stages": stages}
-    kept = ("solver", "steps", "eta", "seed", "dtype", "model")
-    results = append_result(line | {key: volume.record[key] for key in kept}, device)
+    kept = {key: volume.record[key] for key in ("solver", "steps", "eta", "seed", "dtype", "model")}
+    source = "trained model" if arguments.model else arguments.preset
+    line = {
+        "benchmark": "sample_512",
+        "case": f"sample, decode and write, {source}, {size}³, {kept['solver']} {kept['steps']} steps",
+        "ms_p50": 1e3 * seconds,
+        "peak_bytes": stages[-1]["peak_bytes"],
+        "stages": stages,
+    }
+    results = append_result(line | kept, device)
     print(f"\nwrote {arguments.out}, {picture} and a line of {os.path.relpath(results)}")
     return 0
 

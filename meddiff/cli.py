@@ -231,7 +231,7 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, str], str]] = {
     "convert": (
         convert,
         {"out": "Model folder to write."},
-        "example:\n  meddiff convert my-model --autoencoder PatchVolume_8x_s2.ckpt --denoiser BiFlowNet_0453500.pt",
+        "example:\n  meddiff convert my-model --autoencoder patchvolume.ckpt --denoiser biflownet.pt",
     ),
     "doctor": (doctor, {}, "example:\n  meddiff doctor"),
 }

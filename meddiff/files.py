@@ -50,9 +50,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{secrets.token_hex(8)}{''.join(path.suffixes[-2:])}")
     try:
         os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666))
-        if path.is_file():
-            temporary.chmod(path.stat().st_mode & 0o777)
+        permissions = (path if path.is_file() else temporary).stat().st_mode & 0o777
         yield temporary
+        temporary.chmod(permissions)  # whoever wrote may have put a file of its own in the place
         _sync(temporary)
         os.replace(temporary, path)
     except BaseException as error:

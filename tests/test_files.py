@@ -57,3 +57,12 @@ def test_write_json(tmp_path):
     with pytest.raises(TypeError, match=r"write_json: .*a\.json"):
         write_json(path, {"x": object()})
     assert json.loads(path.read_text(encoding="utf-8")) == value and list(tmp_path.iterdir()) == [path]
+
+
+def test_permissions_are_the_usual_ones_whoever_writes(tmp_path):
+    plain = tmp_path / "plain"
+    plain.touch()
+    with atomic_write(tmp_path / "written") as temporary:
+        temporary.unlink()
+        os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY, 0o600))
+    assert (tmp_path / "written").stat().st_mode == plain.stat().st_mode
