@@ -81,7 +81,7 @@ def append_result(line: dict, device: torch.device) -> Path:
     path = RESULTS / f"{slug}.jsonl"
     RESULTS.mkdir(exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps(line | environment(device)) + "\n")
+        file.write(json.dumps(line | environment(device), ensure_ascii=False) + "\n")
     return path
 
 
