@@ -52,16 +52,6 @@ def available_bytes(device: torch.device) -> int | None:
     return min(limits, default=None)
 
 
-def require_memory(needed: int, device: torch.device, task: str, remedy: str) -> None:
-    """Raise MemoryError, before the work begins, if `task` needs more bytes than the device has left."""
-    available = available_bytes(device)
-    if available is not None and needed > available:
-        raise MemoryError(
-            f"{task} needs about {needed / 2**30:.1f} GiB on {device}, "
-            f"and {available / 2**30:.1f} GiB are free; {remedy}"
-        )
-
-
 def _resident_peak() -> int | None:
     if _STATUS.exists():
         found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())

@@ -2,10 +2,9 @@ from __future__ import annotations
 
 import time
 
-import pytest
 import torch
 
-from meddiff.resources import StageMeter, available_bytes, default_device, default_dtype, require_memory
+from meddiff.resources import StageMeter, available_bytes, default_device, default_dtype
 
 CPU = torch.device("cpu")
 
@@ -26,12 +25,9 @@ def test_meter_sees_time_and_memory_of_its_own_stage():
     assert meter.to_dicts()[0]["name"] == "small"
 
 
-def test_memory_is_asked_for_beforehand():
+def test_free_memory_is_known_and_plausible():
     free = available_bytes(CPU)
-    assert free > 2**20
-    require_memory(2**20, CPU, "a task", "do this")
-    with pytest.raises(MemoryError, match=r"a task needs about .* GiB on cpu, and .* GiB are free; do this"):
-        require_memory(2 * free, CPU, "a task", "do this")
+    assert 2**20 < free < 2**50
 
 
 def test_defaults_exist():

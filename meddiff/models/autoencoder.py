@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import nullcontext
 from itertools import product
 
 import torch
@@ -15,10 +16,14 @@ from torch import Tensor, nn
 from meddiff.config import AutoencoderConfig
 from meddiff.models.blocks import GroupNorm, attend_over_volume, conv1, conv3, down_conv, up_conv
 from meddiff.models.codebook import Codebook
-from meddiff.resources import require_memory
+from meddiff.models.streaming import SlabDecoder, slab_bytes
+from meddiff.progress import convolution_progress
+from meddiff.progress import progress as bar
+from meddiff.resources import available_bytes
 
 _NORM_EPS = 1e-6
 _HEADS, _HEAD_DIM = 4, 32
+_SHARE_OF_FREE = 0.9  # of the free memory; others need some too
 
 
 class ResBlock(nn.Module):
@@ -161,16 +166,14 @@ class PatchVolumeAutoencoder(nn.Module):
     def device(self) -> torch.device:
         return self.pre_vq_conv.weight.device
 
-    def encode(
-        self, x: Tensor, patch_batch: int | None = None, progress: Callable[[Sequence], Iterable] = iter
-    ) -> Tensor:
+    def encode(self, x: Tensor, patch_batch: int | None = None, progress: bool = False) -> Tensor:
         """Encode a volume patch by patch.
 
         Args:
             x: [B, 1, D, H, W] in [-1, 1], any floating dtype and any device; patches are moved one batch at a time.
                 A size that is no multiple of the patch is padded with its edge values, at the far end of each axis.
             patch_batch: patches per batch; None chooses a number that fits the device's free memory.
-            progress: wraps the sequence of batches, for example with tqdm.
+            progress: show a progress bar.
 
         Returns:
             The latent before quantisation, float32 [B, 8, d, h, w] with d = ceil(D / p) · p / f.
@@ -196,7 +199,8 @@ class PatchVolumeAutoencoder(nn.Module):
             (x.shape[0], self.config.embedding_dim, *(g * q for g in grid)), dtype=torch.float32, device=self.device
         )
         cells = list(product(range(x.shape[0]), *map(range, grid)))
-        for start in progress(range(0, len(cells), patch_batch)):
+        starts = range(0, len(cells), patch_batch)
+        for start in bar("encoding")(starts) if progress else starts:
             batch = cells[start : start + patch_batch]
             patches = torch.cat([x[b : b + 1, :, i * p :, j * p :, k * p :][..., :p, :p, :p] for b, i, j, k in batch])
             z = self.pre_vq_conv(self.encoder(patches.to(self.device, self.dtype)))
@@ -208,7 +212,14 @@ class PatchVolumeAutoencoder(nn.Module):
         """Latent [B, 8, d, h, w] → (indices int64 [B, d, h, w], code rows float32 [B, 8, d, h, w])."""
         return self.codebook.quantize(latent)
 
-    def decode(self, indices: Tensor, joint: bool = True, tile: int = 256) -> Tensor:
+    def decode(
+        self,
+        indices: Tensor,
+        joint: bool = True,
+        tile: int = 256,
+        memory_budget: int | None = None,
+        progress: bool = False,
+    ) -> Tensor:
         """Decode code indices to a volume.
 
         Args:
@@ -216,12 +227,17 @@ class PatchVolumeAutoencoder(nn.Module):
             joint: decode the whole latent at once, so that norms and attention see all of it. False reproduces the
                 published disjoint tiles, for comparison: each has its own statistics, and seams show between them.
             tile: edge of a disjoint tile in voxels, a multiple of the downsampling factor; only for joint=False.
+            memory_budget: bytes that the joint decode may take beside weights and output; None is what is free. Where
+                whole tensors do not fit, they are computed in slabs, some of them more than once: the same result in
+                less memory and more time (`meddiff.models.streaming`).
+            progress: show a progress bar.
 
         Returns:
             [B, 1, f·d, f·h, f·w] in the model's dtype.
 
         Raises:
             ValueError: for a wrong shape, an index out of range or a tile that does not fit the latent grid.
+            MemoryError: if even slabs need more than the budget or than what is free; the message says how much.
         """
         f = self.config.downsample
         if indices.ndim != 4 or indices.numel() == 0:
@@ -234,13 +250,7 @@ class PatchVolumeAutoencoder(nn.Module):
             )
         rows = self.codebook.lookup(indices.to(self.device))
         if joint:
-            require_memory(
-                self.joint_decode_bytes(indices.shape),
-                self.device,
-                f"decode: the joint decode of {tuple(n * f for n in indices.shape[1:])} voxels",
-                "free some, decode a smaller volume, or use bfloat16 where float32 is set",
-            )
-            return self._decode_rows(rows)
+            return self._decode_jointly(rows, memory_budget, progress)
 
         if tile < f or tile % f:
             raise ValueError(f"decode: tile must be a positive multiple of {f} voxels, got {tile}")
@@ -263,14 +273,42 @@ class PatchVolumeAutoencoder(nn.Module):
         d, h, w = x.shape[-3:]
         return self.decode(self.quantize(self.encode(x))[0])[..., :d, :h, :w]
 
+    def _decode_jointly(self, rows: Tensor, budget: int | None, progress: bool) -> Tensor:
+        size = (rows.shape[0], *rows.shape[2:])
+        free = available_bytes(self.device)
+        if free is not None:
+            free = int(_SHARE_OF_FREE * free)
+            budget = free if budget is None else min(budget, free)
+        if budget is None or self.joint_decode_bytes(size) <= budget:
+            with convolution_progress(self.decoder, size, "decoding") if progress else nullcontext():
+                return self._decode_rows(rows)
+        in_flight, least = self.slab_decode_bytes(size)
+        if least > budget:
+            voxels = "×".join(str(n * self.config.downsample) for n in size[1:])
+            raise MemoryError(
+                f"decode: the joint decode of {voxels} voxels needs at least {least / 2**30:.1f} GiB on {self.device}, "
+                f"and there are {budget / 2**30:.1f} GiB; free some, decode a smaller volume, "
+                "or use bfloat16 where float32 is set"
+            )
+        wrap = bar("decoding") if progress else iter
+        return SlabDecoder(self.decoder, budget - in_flight, progress=wrap)(self.post_vq_conv(rows.to(self.dtype)))
+
     def joint_decode_bytes(self, size: Sequence[int]) -> int:
-        """About how much memory decoding a latent of (B, d, h, w) jointly takes at its peak, beside the weights.
+        """About how much memory decoding a latent of (B, d, h, w) in whole tensors takes at its peak, beside weights.
 
         The peak is in the first residual block of the finest level: its input and the norm of it are twice the base
         width wide, two convolution outputs once, and about one more is the convolutions' own scratch space.
         """
         voxels = math.prod(size) * self.config.downsample**3
         return 7 * self.config.n_hiddens * voxels * self.dtype.itemsize
+
+    def slab_decode_bytes(self, size: Sequence[int]) -> tuple[int, int]:
+        """About the memory for decoding a latent of (B, d, h, w) in slabs: what is in flight beside the tensors that
+        are kept (the volume itself and the slabs), and the least in all, with the tensor that is upsampled last."""
+        batch, d, h, w = (size[0], *(n * self.config.downsample for n in size[1:]))
+        width = 2 * self.config.n_hiddens
+        in_flight = 2 * batch * d * h * w * self.dtype.itemsize + slab_bytes(d, width * h * w * self.dtype.itemsize)
+        return in_flight, in_flight + 2 * width * (d * h * w // 8) * self.dtype.itemsize
 
     def _decode_rows(self, rows: Tensor) -> Tensor:
         return self.decoder(self.post_vq_conv(rows.to(self.dtype)))

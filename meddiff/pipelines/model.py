@@ -17,7 +17,6 @@ from meddiff.checkpoint import fingerprint, load_model, save_model
 from meddiff.config import ANATOMIES, PRESETS, ModelConfig
 from meddiff.models import BiFlowNet, PatchVolumeAutoencoder
 from meddiff.pipelines.latents import EncodedVolume
-from meddiff.progress import convolution_progress, progress
 from meddiff.resources import StageMeter, default_device, default_dtype
 from meddiff.sampling import NoiseSchedule, sample_latent, solver_timesteps
 from meddiff.volume import IntensityScale, Volume
@@ -142,7 +141,7 @@ class MedDiffusion:
             steps=steps,
             eta=eta,
             seed=seed,
-            progress=progress("sampling"),
+            progress=True,
         )
 
     @torch.inference_mode()
@@ -225,7 +224,7 @@ class MedDiffusion:
     @torch.inference_mode()
     def encode(self, volume: Volume) -> EncodedVolume:
         """Encode a volume patch by patch, keeping all that `decode` needs to give it back in place."""
-        latent = self.autoencoder.encode(volume.to_tensor(), progress=progress("encoding"))
+        latent = self.autoencoder.encode(volume.to_tensor(), progress=True)
         indices, _ = self.autoencoder.quantize(latent)
         return EncodedVolume(
             indices=indices[0].cpu(),
@@ -262,8 +261,7 @@ class MedDiffusion:
         return fingerprint(self.autoencoder.codebook)
 
     def _decode(self, indices: Tensor) -> Tensor:
-        with convolution_progress(self.autoencoder.decoder, indices.shape, "decoding"):
-            return self.autoencoder.decode(indices).float().clamp_(-1, 1)
+        return self.autoencoder.decode(indices, progress=True).float().clamp_(-1, 1)
 
     def _check_size(self, size: tuple[int, ...]) -> None:
         unit = self.size_unit

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from meddiff.models.biflownet import BiFlowNet
+from meddiff.progress import progress as bar
 from meddiff.sampling.schedule import NoiseSchedule
 from meddiff.sampling.solvers import ddim_step, ddim_timesteps, ddpm_step, ddpm_timesteps
 
@@ -58,7 +59,7 @@ def sample_latent(
     steps: int | None = None,
     eta: float = 0.0,
     seed: int | Sequence[int] = 0,
-    progress: Callable[[Sequence], Iterable] = iter,
+    progress: bool = False,
 ) -> Tensor:
     """Sample latents in the denoiser's range (scaled, about [-1, 1]).
 
@@ -71,7 +72,7 @@ def sample_latent(
         steps: denoising steps; None as in `solver_timesteps`.
         eta: DDIM's share of fresh noise, 0 (deterministic) to 1.
         seed: of the start and of the noise in between; sample b has `seed + b` unless one is given per sample.
-        progress: wraps the sequence of steps, for example with tqdm.
+        progress: show a progress bar.
 
     Returns:
         Float32 [B, C, D, H, W] on the denoiser's device.
@@ -100,7 +101,7 @@ def sample_latent(
     resolution = torch.tensor(x.shape[2:], dtype=torch.float32, device=device) / _RESOLUTION_UNIT
     schedule = schedule.to(device)
 
-    for i, step in enumerate(progress(timesteps)):
+    for i, step in enumerate(bar("sampling")(timesteps) if progress else timesteps):
         t = torch.full((batch,), step, device=device)
         estimate = denoiser(x, t, y, resolution).float()
         if not torch.isfinite(estimate).all():

@@ -113,6 +113,15 @@ def test_extreme_scales(scale: float):
     assert_exact(scale * z, codes)
 
 
+def test_float32_scores_that_overflow():
+    codes = torch.zeros(100, 8)
+    codes[64:80, 0], codes[80:96, 0] = 3e19, -3e19  # half the square overflows: the nearest code scores −inf
+    z = torch.zeros(1, 8, 1, 1, 3)
+    z[0, 0, 0, 0] = torch.tensor([1e20, -1e20, 1.0])
+    assert_exact(z, codes)
+    assert vq_nearest(z, codes).flatten().tolist() == [64, 80, 0]
+
+
 def test_nan_and_infinity():
     torch.manual_seed(5)
     z, codes = torch.randn(1, 8, 3, 4, 5), torch.randn(100, 8)
