@@ -276,6 +276,8 @@ def _placement(device: str | torch.device | None, dtype: torch.dtype | None) -> 
     device = default_device() if device is None else torch.device(device)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device {device} was asked for, and PyTorch sees no CUDA device; see `meddiff doctor`")
+    if dtype == torch.float16 and device.type != "cuda":
+        raise ValueError(f"dtype float16 is for GPUs, and the device is {device}; use bfloat16 or float32")
     return device, dtype or default_dtype(device)
 
 

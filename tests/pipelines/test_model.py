@@ -184,6 +184,11 @@ def test_a_missing_gpu_is_named(monkeypatch):
         meddiff.untrained("tiny", device="cuda")
 
 
+def test_float16_is_for_gpus():
+    with pytest.raises(ValueError, match="bfloat16 or float32"):
+        meddiff.untrained("tiny", device="cpu", dtype=torch.float16)
+
+
 def test_mid_planes_show_the_head_up(tmp_path):
     from PIL import Image
 
