@@ -5,6 +5,10 @@ STABLE_TORCH_LIBRARY(meddiff, m) {
   m.def("vq_nearest(Tensor z, Tensor codes) -> Tensor");
   // the same on the CPU with one of cpu_isas()
   m.def("_vq_nearest_isa(Tensor z, Tensor codes, str isa) -> Tensor");
+  // qkv [B, D, H, W, 3·C] -> [B, D, H, W, C], and the same with the log-sum-exp, float32 [B, heads, D, H, W]
+  m.def("window_attention(Tensor qkv, int heads, int window) -> Tensor");
+  m.def("_window_attention(Tensor qkv, int heads, int window) -> (Tensor, Tensor)");
+  m.def("_window_attention_isa(Tensor qkv, int heads, int window, str isa) -> (Tensor, Tensor)");
   // instruction sets that were compiled in and that this processor has, the one in use first
   m.def("cpu_isas() -> str[]");
 }

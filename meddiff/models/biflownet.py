@@ -123,6 +123,7 @@ class BiFlowNet(nn.Module):
         condition_dim = 8 * dim  # time and class, then resolution: 4·dim each
         widths = [dim * m for m in config.dim_mults]
         levels = len(widths)
+        window = config.sub_volume // config.token_patch  # tokens per axis of a sub-volume
 
         def attention(level: int, channels: int) -> nn.Module:
             return ResidualAttention(channels) if level >= levels - config.attention_levels else nn.Identity()
@@ -131,7 +132,7 @@ class BiFlowNet(nn.Module):
             return ResnetBlock(in_channels, out_channels, groups, condition_dim)
 
         def dit(skip: bool = False) -> DiTBlock:
-            return DiTBlock(dim, condition_dim, config.num_heads, config.mlp_ratio, skip)
+            return DiTBlock(dim, condition_dim, config.num_heads, window, config.mlp_ratio, skip)
 
         def flow(skip: bool) -> nn.ModuleList:
             final = FinalLayer(dim, condition_dim, config.token_patch)
@@ -146,7 +147,7 @@ class BiFlowNet(nn.Module):
         self.x_embedder = nn.ModuleDict(
             {"proj": Conv3d(config.channels, dim, kernel_size=config.token_patch, stride=config.token_patch)}
         )
-        self.register_buffer("pos_embed", position_embedding(config.sub_volume // config.token_patch, dim))
+        self.register_buffer("pos_embed", position_embedding(window, dim))
         self.IntraPatchFlow_input = nn.ModuleList(flow(skip=False) for _ in range(_FLOW_BLOCKS))
         self.IntraPatchFlow_mid = nn.ModuleList(dit() for _ in range(config.mid_blocks))
         self.IntraPatchFlow_output = nn.ModuleList(flow(skip=True) for _ in range(_FLOW_BLOCKS))
@@ -222,18 +223,15 @@ class BiFlowNet(nn.Module):
     def _intra_patch_flow(self, x: Tensor, condition: Tensor) -> list[Tensor]:
         """The features [B, dim, D, H, W] of the two input and the two output blocks."""
         p = self.config.token_patch
-        n = self.config.sub_volume // p  # tokens per axis of a sub-volume
-        grid = dict(zip(("nd", "nh", "nw"), (size // self.config.sub_volume for size in x.shape[2:])))
+        window = self.config.sub_volume // p
 
         def to_volume(rows: Tensor) -> Tensor:
-            pattern = "b (nd nh nw) (d h w) (pd ph pw c) -> b (nd d pd) (nh h ph) (nw w pw) c"
-            volume = rearrange(rows, pattern, **grid, d=n, h=n, w=n, pd=p, ph=p, pw=p)
+            volume = rearrange(rows, "b d h w (pd ph pw c) -> b (d pd) (h ph) (w pw) c", pd=p, ph=p, pw=p)
             return volume.permute(0, 4, 1, 2, 3)
 
-        tokens = rearrange(
-            self.x_embedder["proj"](x), "b c (nd d) (nh h) (nw w) -> b (nd nh nw) (d h w) c", d=n, h=n, w=n
-        )
-        tokens = tokens + self.pos_embed
+        tokens = self.x_embedder["proj"](x).permute(0, 2, 3, 4, 1)
+        places = self.pos_embed.view(window, window, window, -1)
+        tokens = tokens + places.repeat(*(size // window for size in tokens.shape[1:4]), 1)
         features, skips = [], []
         for block, final in self.IntraPatchFlow_input:
             tokens = block(tokens, condition)

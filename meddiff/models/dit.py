@@ -1,21 +1,22 @@
 """The intra-patch flow of BiFlowNet: a small DiT whose attention never leaves its sub-volume
 (Wang et al., TMI 2025, section III-C; Peebles & Xie 2023).
 
-Tokens are [B, N, T, C]: N sub-volumes of T tokens each, in D, H, W order. The condition is [B, 8C], one per sample.
+Tokens are a volume [B, D, H, W, C], cut into sub-volumes of window³ tokens. The condition is [B, 8C], one per sample.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from torch import Tensor, nn
+
+from meddiff.kernels.window_attention import window_attention
 
 _NORM_EPS = 1e-6
 
 
 def position_embedding(tokens_per_axis: int, dim: int) -> Tensor:
-    """Sine-cosine embedding of a token's place in its sub-volume: float32 [1, tokens_per_axis³, dim].
+    """Sine-cosine embedding of a token's place in its sub-volume: float32 [1, tokens_per_axis³, dim], in D, H, W order.
 
     dim/3 numbers for each of D, H, W, in that order: sines, then cosines, of index · 10000^(-k / (dim/6)).
     """
@@ -32,23 +33,27 @@ def position_embedding(tokens_per_axis: int, dim: int) -> Tensor:
 
 
 def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without affine, then scale and shift from the condition ([B, C] each, the same for all sub-volumes)."""
-    return F.layer_norm(x, x.shape[-1:], eps=_NORM_EPS) * (1 + scale[:, None, None]) + shift[:, None, None]
+    """LayerNorm without affine, then scale and shift from the condition ([B, C] each, the same for all tokens)."""
+    return F.layer_norm(x, x.shape[-1:], eps=_NORM_EPS) * (1 + _per_sample(scale)) + _per_sample(shift)
+
+
+def _per_sample(x: Tensor) -> Tensor:
+    """[B, C] → [B, 1, 1, 1, C]."""
+    return x[:, None, None, None]
 
 
 class SubVolumeAttention(nn.Module):
-    """Multi-head self-attention among the T tokens of each sub-volume."""
+    """Multi-head self-attention among the tokens of each sub-volume."""
 
-    def __init__(self, dim: int, heads: int) -> None:
+    def __init__(self, dim: int, heads: int, window: int) -> None:
         super().__init__()
         self.heads = heads
+        self.window = window  # tokens per axis of a sub-volume
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = rearrange(self.qkv(x), "b n t (three h c) -> three (b n) h t c", three=3, h=self.heads)
-        out = F.scaled_dot_product_attention(q, k, v)
-        return self.proj(rearrange(out, "(b n) h t c -> b n t (h c)", b=x.shape[0]))
+        return self.proj(window_attention(self.qkv(x), self.heads, self.window))
 
 
 class Mlp(nn.Module):
@@ -64,11 +69,13 @@ class Mlp(nn.Module):
 class DiTBlock(nn.Module):
     """DiT block with adaLN modulation; `skip` adds the linear merge of a skip connection in front."""
 
-    def __init__(self, dim: int, condition_dim: int, heads: int, mlp_ratio: int, skip: bool = False) -> None:
+    def __init__(
+        self, dim: int, condition_dim: int, heads: int, window: int, mlp_ratio: int, skip: bool = False
+    ) -> None:
         super().__init__()
         if skip:
             self.skip_linear = nn.Linear(2 * dim, dim)
-        self.attn = SubVolumeAttention(dim, heads)
+        self.attn = SubVolumeAttention(dim, heads, window)
         self.mlp = Mlp(dim, mlp_ratio * dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, 6 * dim))
 
@@ -76,12 +83,12 @@ class DiTBlock(nn.Module):
         if skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = self.adaLN_modulation(condition).chunk(6, 1)
-        x = x + attn_gate[:, None, None] * self.attn(_modulate(x, attn_shift, attn_scale))
-        return x + mlp_gate[:, None, None] * self.mlp(_modulate(x, mlp_shift, mlp_scale))
+        x = x + _per_sample(attn_gate) * self.attn(_modulate(x, attn_shift, attn_scale))
+        return x + _per_sample(mlp_gate) * self.mlp(_modulate(x, mlp_shift, mlp_scale))
 
 
 class FinalLayer(nn.Module):
-    """Tokens [B, N, T, C] → one row of token_patch³ · C numbers per token, ordered (pd, ph, pw, channel)."""
+    """Tokens [B, D, H, W, C] → token_patch³ · C numbers per token, ordered (pd, ph, pw, channel)."""
 
     def __init__(self, dim: int, condition_dim: int, token_patch: int) -> None:
         super().__init__()

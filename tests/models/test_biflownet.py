@@ -86,12 +86,12 @@ def test_position_embedding_by_its_definition():
 
 
 def test_layer_norm_of_the_dit_has_eps_1e_6():
-    block = DiTBlock(24, 24, heads=8, mlp_ratio=4)
+    block = DiTBlock(24, 24, heads=8, window=1, mlp_ratio=4)
     torch.nn.init.zeros_(block.adaLN_modulation[1].weight)
     bias = torch.zeros(6, 24)
     bias[5] = 1  # the gate of the MLP; attention stays closed
     block.adaLN_modulation[1].bias.copy_(bias.flatten())
-    x = torch.randn(1, 1, 5, 24) * 1e-3  # a variance of 1e-6, where eps shows
+    x = torch.randn(1, 1, 1, 5, 24) * 1e-3  # a variance of 1e-6, where eps shows
     normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, unbiased=False, keepdim=True) + 1e-6).sqrt()
     hidden = F.gelu(F.linear(normed, block.mlp.fc1.weight, block.mlp.fc1.bias), approximate="tanh")
     wanted = x + F.linear(hidden, block.mlp.fc2.weight, block.mlp.fc2.bias)

@@ -1,0 +1,134 @@
+// Attention in one window on the CPU, written once for all instruction sets. Each window_attention_<isa>.cpp includes
+// this file, defines a vector type, and is compiled with machine flags of its own. Everything here has internal linkage
+// and calls nothing of the C++ library: of an inline function compiled in several files the linker keeps one copy, and
+// that could be the AVX-512 one.
+//
+// One query per lane, so that nothing is ever reduced across lanes; keys and values are broadcast. The softmax is the
+// online one, rescaled once per block of keys.
+//
+// An Isa has: V, a vector of `lanes` floats; `groups` vectors that share each broadcast; `unroll` keys whose scores are
+// in flight together; `columns` of v accumulated together in registers; load, store, set1, add, sub, mul, div,
+// fma(a, b, c) = a·b + c, max(a, b) = a > b ? a : b, and exp2 of numbers <= 0, NaN for NaN.
+#pragma once
+
+#include "window_attention.h"
+
+namespace meddiff {
+namespace {
+
+// 2^f = 1 + f·(kExp2[0] + f·(kExp2[1] + …)) for |f| <= 1/2, to within 1.1e-7 of it.
+constexpr float kExp2[5] = {0x1.62e42ap-1f, 0x1.ebf9bcp-3f, 0x1.c6b752p-5f, 0x1.3cea88p-7f, 0x1.5bba14p-10f};
+
+template <class Isa>
+class WindowAttention {
+ public:
+  static void attend(const float* q, const float* k, const float* v, int64_t tokens, int64_t dim, float* out,
+                     float* log_sum) {
+    alignas(64) float query[kWindowHeadDim * kTile];  // [dim, kTile]
+    alignas(64) float sum[kWindowHeadDim * kTile];    // [dim, kTile] Σ p·v
+    alignas(64) float p[kKeys * kTile];               // [key, kTile] scores, then their exponentials
+    const int64_t chunks = (dim + Isa::columns - 1) / Isa::columns;
+
+    for (int64_t first = 0; first < tokens; first += kTile) {
+      const int64_t queries = tokens - first < kTile ? tokens - first : kTile;
+      for (int64_t c = 0; c < dim; ++c)
+        for (int64_t l = 0; l < kTile; ++l) query[c * kTile + l] = l < queries ? q[(first + l) * dim + c] : 0;
+      for (int64_t i = 0; i < dim * kTile; ++i) sum[i] = 0;
+      V top[G], total[G];
+      for (int g = 0; g < G; ++g) top[g] = Isa::set1(-0x1p126f), total[g] = Isa::set1(0);
+
+      for (int64_t key = 0; key < tokens; key += kKeys) {
+        const int64_t keys = tokens - key < kKeys ? tokens - key : kKeys;
+        V largest[G], rescale[G];
+        for (int g = 0; g < G; ++g) largest[g] = top[g];
+        const int64_t unrolled = keys - keys % Isa::unroll;
+        scores<Isa::unroll>(query, k + key * dim, unrolled, dim, p, largest);
+        scores<1>(query, k + (key + unrolled) * dim, keys - unrolled, dim, p + unrolled * kTile, largest);
+        for (int g = 0; g < G; ++g) {
+          rescale[g] = Isa::exp2(Isa::sub(top[g], largest[g]));
+          total[g] = Isa::mul(total[g], rescale[g]);
+          top[g] = largest[g];
+        }
+        for (int64_t j = 0; j < keys; ++j) {
+          for (int g = 0; g < G; ++g) {
+            float* at = p + j * kTile + g * Isa::lanes;
+            const V power = Isa::exp2(Isa::sub(Isa::load(at), top[g]));
+            total[g] = Isa::add(total[g], power);
+            Isa::store(at, power);
+          }
+        }
+        for (int64_t i = 0, c = 0; i < chunks; ++i) {
+          const int64_t count = (dim - c + chunks - i - 1) / (chunks - i);
+          accumulate<Isa::columns>(count, p, v + key * dim + c, keys, dim, rescale, sum + c * kTile);
+          c += count;
+        }
+      }
+
+      float tops[kTile], totals[kTile];
+      for (int g = 0; g < G; ++g) {
+        Isa::store(tops + g * Isa::lanes, top[g]);
+        Isa::store(totals + g * Isa::lanes, total[g]);
+        for (int64_t c = 0; c < dim; ++c) {
+          float* at = sum + c * kTile + g * Isa::lanes;
+          Isa::store(at, Isa::div(Isa::load(at), total[g]));
+        }
+      }
+      for (int64_t l = 0; l < queries; ++l) {
+        log_sum[first + l] = tops[l] + __builtin_log2f(totals[l]);
+        for (int64_t c = 0; c < dim; ++c) out[(first + l) * dim + c] = sum[c * kTile + l];
+      }
+    }
+  }
+
+ private:
+  using V = typename Isa::V;
+  static constexpr int G = Isa::groups;
+  static constexpr int64_t kTile = Isa::lanes * G;  // queries
+  static constexpr int64_t kKeys = 64;
+
+  // Scores of the tile against `keys` rows of k, a multiple of U, into p; raises `largest` to them.
+  template <int U>
+  static void scores(const float* query, const float* k, int64_t keys, int64_t dim, float* p, V* largest) {
+    for (int64_t j = 0; j < keys; j += U, k += U * dim) {
+      V s[U][G];
+      for (int u = 0; u < U; ++u)
+        for (int g = 0; g < G; ++g) s[u][g] = Isa::mul(Isa::load(query + g * Isa::lanes), Isa::set1(k[u * dim]));
+      for (int64_t c = 1; c < dim; ++c) {
+        for (int u = 0; u < U; ++u) {
+          const V key = Isa::set1(k[u * dim + c]);
+          for (int g = 0; g < G; ++g)
+            s[u][g] = Isa::fma(Isa::load(query + c * kTile + g * Isa::lanes), key, s[u][g]);
+        }
+      }
+      for (int u = 0; u < U; ++u) {
+        for (int g = 0; g < G; ++g) {
+          largest[g] = Isa::max(s[u][g], largest[g]);
+          Isa::store(p + (j + u) * kTile + g * Isa::lanes, s[u][g]);
+        }
+      }
+    }
+  }
+
+  // sum = sum·rescale + Σⱼ p[j]·v[j] for `count` columns of v, at most N.
+  template <int N>
+  static void accumulate(int64_t count, const float* p, const float* v, int64_t keys, int64_t dim, const V* rescale,
+                         float* sum) {
+    if constexpr (N > 1) {
+      if (count < N) return accumulate<N - 1>(count, p, v, keys, dim, rescale, sum);
+    }
+    V a[N][G];
+    for (int n = 0; n < N; ++n)
+      for (int g = 0; g < G; ++g) a[n][g] = Isa::mul(Isa::load(sum + n * kTile + g * Isa::lanes), rescale[g]);
+    for (int64_t j = 0; j < keys; ++j, p += kTile, v += dim) {
+      for (int n = 0; n < N; ++n) {
+        const V value = Isa::set1(v[n]);
+        for (int g = 0; g < G; ++g) a[n][g] = Isa::fma(Isa::load(p + g * Isa::lanes), value, a[n][g]);
+      }
+    }
+    for (int n = 0; n < N; ++n)
+      for (int g = 0; g < G; ++g) Isa::store(sum + n * kTile + g * Isa::lanes, a[n][g]);
+  }
+};
+
+}  // namespace
+}  // namespace meddiff
