@@ -108,6 +108,36 @@ def load_model(
     return LoadedModel(**modules, schedule=schedule, path=folder)
 
 
+def save_component(folder: str | Path, component: str, module: nn.Module) -> None:
+    """Writes one component of a model ("autoencoder" or "denoiser") to a folder, or replaces it there, in one step.
+
+    Weights keep their dtype. Raises CheckpointError for NaN or inf weights and where `folder` holds other things.
+    """
+    folder = Path(folder).expanduser().resolve()
+    others = {path.name for path in folder.iterdir()} - {_CONFIG, _WEIGHTS} if folder.is_dir() else set()
+    if others:
+        raise CheckpointError(f"{folder}: will not be replaced, it also holds {abridge(sorted(others))}")
+    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        _write_component(staging, module.config, module.state_dict(), f"{folder} ({component})")
+        _move_into_place(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_component(
+    folder: str | Path, component: str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> nn.Module:
+    """One component of a model, from the folder that `save_component` wrote or from within a model folder.
+
+    In eval mode, without gradients. Raises CheckpointError, naming file and key, as `load_model` does.
+    """
+    folder = Path(folder).expanduser()
+    file = folder / _CONFIG
+    config = _parse(COMPONENTS[component][0], _read_json(file), file)
+    return _load_component(folder, component, config, torch.device(device), dtype)
+
+
 def fingerprint(*modules: nn.Module) -> str:
     """SHA-256 (hex) over names, shapes, dtypes and values of the state dicts, whatever the device and memory format."""
     digest = hashlib.sha256()
@@ -238,17 +268,10 @@ def write_model_folder(
     """
     folder = Path(folder).expanduser().resolve()
     require_replaceable(folder)
-    for name, (_, state) in models.items():
-        for key, tensor in state.items():
-            require_finite(f"{folder} ({name})", key, tensor)
     staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         for name, (config, state) in models.items():
-            (staging / name).mkdir(parents=True)
-            with atomic_write(staging / name / _WEIGHTS) as temporary:
-                tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
-                save_file(tensors, temporary, metadata={"format": "pt"})
-            write_json(staging / name / _CONFIG, config.to_dict())
+            _write_component(staging / name, config, state, f"{folder} ({name})")
         for file, content in (extras or {}).items():
             write_json(staging / file, content)
         top = {"format": FORMAT, "version": VERSION, "components": list(models), "schedule": schedule.to_dict()}
@@ -256,6 +279,16 @@ def write_model_folder(
         _move_into_place(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
+
+
+def _write_component(folder: Path, config: ComponentConfig, state: Mapping[str, Tensor], name: str) -> None:
+    for key, tensor in state.items():
+        require_finite(name, key, tensor)
+    folder.mkdir(parents=True)
+    with atomic_write(folder / _WEIGHTS) as temporary:
+        tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+        save_file(tensors, temporary, metadata={"format": "pt"})
+    write_json(folder / _CONFIG, config.to_dict())
 
 
 def _move_into_place(staging: Path, folder: Path) -> None:

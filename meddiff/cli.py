@@ -1,4 +1,4 @@
-"""The command line: `meddiff generate | reconstruct | encode | decode | convert | doctor`.
+"""The command line: `meddiff generate | reconstruct | encode | decode | convert | train … | doctor`.
 
 Exit codes: 0 done, 1 failed (one line on standard error says why), 2 wrong arguments, 130 interrupted.
 """
@@ -6,13 +6,14 @@ Exit codes: 0 done, 1 failed (one line on standard error says why), 2 wrong argu
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter
+from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
 from jsonargparse.typing import PositiveInt
 
 if TYPE_CHECKING:
@@ -254,7 +255,34 @@ def _parser() -> ArgumentParser:
             command.add_argument(argument, type=str, help=text)
         command.add_function_arguments(function, skip=set(positionals))
         commands.add_subcommand(name, command, help=summary)
+    _add_training(commands)
     return parser
+
+
+_TRAIN_SUMMARY = "Train the models; options from a YAML file (--config), the command line, or both."
+# command → class of its options, module of meddiff.training and function in it that take them
+_TRAININGS = {
+    "population": ("PopulationOptions", "population", "make_population"),
+    "autoencoder": ("AutoencoderTraining", "autoencoder", "train_autoencoder"),
+}
+
+
+def _add_training(commands) -> None:
+    train = ArgumentParser(
+        description=_TRAIN_SUMMARY,
+        epilog="example:\n  meddiff train autoencoder --config stage1.yaml\n"
+        "several processes:\n  accelerate launch -m meddiff.cli train autoencoder --config stage1.yaml",
+        formatter_class=_HelpFormatter,
+    )
+    commands.add_subcommand("train", train, help=_TRAIN_SUMMARY)
+    trainings = train.add_subcommands(required=True, dest="training")
+    for name, (options, _, _) in _TRAININGS.items():
+        kind = getattr(importlib.import_module("meddiff.training.options"), options)
+        summary = kind.__doc__.splitlines()[0]
+        command = ArgumentParser(description=summary)
+        command.add_argument("--config", action="config", help="YAML file with any of the options.")
+        command.add_class_arguments(kind)
+        trainings.add_subcommand(name, command, help=summary)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -262,13 +290,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser = _parser()
     parsed = parser.parse_args(arguments)
     command = parsed.command
-    options = dict(parsed[command])
-    options.pop("config", None)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             warnings.showwarning = _print_warning
-            _COMMANDS[command][0](**options)
+            if command == "train":
+                _train(parser.instantiate(parsed).train)
+            else:
+                options = dict(parsed[command])
+                options.pop("config", None)
+                _COMMANDS[command][0](**options)
     except UsageError as error:
         print(f"meddiff: {error}", file=sys.stderr)
         return 2
@@ -279,6 +310,19 @@ def main(arguments: list[str] | None = None) -> int:
         print("meddiff: interrupted; nothing was left half written", file=sys.stderr)
         return 130
     return 0
+
+
+def _train(chosen: Namespace) -> None:
+    name = chosen.training
+    kind, module, function = _TRAININGS[name]
+    values = dict(chosen[name])
+    values.pop("config", None)
+    options = getattr(importlib.import_module("meddiff.training.options"), kind)(**values)
+    try:
+        train = getattr(importlib.import_module(f"meddiff.training.{module}"), function)
+    except ModuleNotFoundError as error:
+        raise ImportError(f"training needs {error.name}: pip install 'meddiff[train]'") from error
+    print(f"wrote {train(options)}")
 
 
 def _load(model: str | None, untrained: str | None, device: str | None, dtype: str | None) -> MedDiffusion:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image
 
 from meddiff.files import atomic_write
-from meddiff.volume import Volume
+from meddiff.volume import Volume, tensor_to_file_axes
 
 _GAP = 4  # pixels between the planes
 
@@ -37,5 +39,19 @@ def save_mid_planes(volume: Volume, path: str | os.PathLike[str]) -> None:
     for image in images:
         sheet.paste(image, (left, (sheet.height - image.height) // 2))
         left += image.width + _GAP
+    with atomic_write(path) as temporary:
+        sheet.save(temporary, format="PNG")
+
+
+def save_comparison(tensors: Sequence[torch.Tensor], path: str | os.PathLike[str]) -> None:
+    """Write a PNG with a row of mid-planes (sagittal, coronal, axial) per tensor [D, H, W] in [-1, 1] of one size."""
+    rows = []
+    for tensor in tensors:
+        data = tensor_to_file_axes(tensor.detach().float().cpu().numpy())
+        x, y, z = (n // 2 for n in data.shape)
+        planes = [data[x].T[::-1], data[:, y].T[::-1], data[:, :, z].T[::-1]]
+        height = max(len(plane) for plane in planes)
+        rows.append(np.hstack([np.pad(p, ((0, height - len(p)), (0, _GAP)), constant_values=-1) for p in planes]))
+    sheet = Image.fromarray(((np.vstack(rows).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8))
     with atomic_write(path) as temporary:
         sheet.save(temporary, format="PNG")

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from meddiff.config import PRESETS, AutoencoderConfig
+
 DATA = Path(__file__).parent / "data"
 
 
@@ -57,3 +59,8 @@ def relative_error() -> Callable[[Tensor, Tensor], float]:
 def _inference():
     with torch.no_grad():
         yield
+
+
+@pytest.fixture(scope="session")
+def tiny_autoencoder_config() -> AutoencoderConfig:
+    return PRESETS["tiny"].autoencoder

@@ -14,6 +14,7 @@ FLOORS = [
     {"models"},
     {"checkpoint", "sampling", "volume"},
     {"conversion", "doctor", "pipelines", "report"},
+    {"training"},
     {"cli"},
 ]
 FLOOR = {room: number for number, rooms in enumerate(FLOORS) for room in rooms}

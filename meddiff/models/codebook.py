@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -37,9 +39,18 @@ class LatentScale:
         return (z + 1) * ((self.maximum - self.minimum) / 2) + self.minimum
 
 
+_DECAY = 0.99  # of the moving averages
+_LAPLACE = 1e-7  # keeps the weight of an unused code from vanishing
+_LEAST_USE = 1.0  # a code whose moving average of use is below this is replaced
+_SPREAD = 0.01  # standard deviation, over √C, of the noise on initial codes that repeat
+
+
 class Codebook(nn.Module):
     """K codes of C numbers with their moving averages. Stays float32 when the model around it changes its dtype,
     because rounded codes have other nearest neighbours.
+
+    Codes are learned without gradients, by `initialise` and `update`, which only a trainer calls: no forward pass and
+    no train/eval mode alters them.
 
     Args:
         n_codes: K, rows of the codebook.
@@ -59,6 +70,11 @@ class Codebook(nn.Module):
 
         return super()._apply(keep_dtype, recurse)
 
+    @property
+    def initialised(self) -> bool:
+        """Whether the codes came from data. Stored with them: moving averages of use are zero only before that."""
+        return bool(self.N.any())
+
     def latent_scale(self) -> LatentScale:
         """The scale of the latents that belong to these codes."""
         low, high = self.embeddings.aminmax()
@@ -75,3 +91,65 @@ class Codebook(nn.Module):
         """
         indices = vq_nearest(z, self.embeddings)
         return indices, self.lookup(indices)
+
+    @torch.no_grad()
+    def initialise(self, z: Tensor) -> None:
+        """Take randomly chosen latents as codes; where there are too few, they repeat with a little noise.
+
+        z: [B, C, D, H, W], the encoder's outputs of the first training batch. With torch.distributed every process
+        gets the codes of the first one, chosen from its own outputs.
+        """
+        tokens = z.float().movedim(1, -1).flatten(0, -2)
+        n_codes, channels = self.embeddings.shape
+        repeats = -(-n_codes // tokens.shape[0])
+        if repeats > 1:
+            tokens = tokens.repeat(repeats, 1)
+            tokens += torch.randn_like(tokens) * (_SPREAD / math.sqrt(channels))
+        codes = _from_first_process(tokens[torch.randperm(tokens.shape[0], device=z.device)[:n_codes]])
+        self.embeddings.copy_(codes)
+        self.z_avg.copy_(codes)
+        self.N.fill_(1)
+
+    @torch.no_grad()
+    def update(self, z: Tensor, indices: Tensor) -> Tensor:
+        """One step of the moving averages, over all processes of torch.distributed.
+
+        A code whose average use has fallen below one is replaced by a random latent of the batch.
+
+        Args:
+            z: latents [B, C, D, H, W], before quantisation.
+            indices: their nearest codes, int64 [B, D, H, W].
+
+        Returns:
+            The perplexity of the batch's code usage, a scalar from 1 (one code) to K (all alike).
+        """
+        tokens = z.float().movedim(1, -1).flatten(0, -2)
+        index = indices.flatten()
+        n_codes = len(self.embeddings)
+        sums = torch.zeros_like(self.embeddings).index_add_(0, index, tokens)
+        statistics = torch.cat([sums, torch.bincount(index, minlength=n_codes)[:, None].to(sums)], dim=1)
+        if dist.is_initialized():
+            dist.all_reduce(statistics)
+        counts = statistics[:, -1]
+
+        self.N.mul_(_DECAY).add_(counts, alpha=1 - _DECAY)
+        self.z_avg.mul_(_DECAY).add_(statistics[:, :-1], alpha=1 - _DECAY)
+        total = self.N.sum()
+        weights = (self.N + _LAPLACE) / (total + n_codes * _LAPLACE) * total
+        picks = _from_first_process(tokens[torch.randint(len(tokens), (n_codes,), device=z.device)])
+        codes = torch.where(self.N[:, None] < _LEAST_USE, picks, self.z_avg / weights[:, None])
+        self.embeddings.copy_(codes)
+
+        share = counts / counts.sum()
+        return torch.exp(-torch.special.xlogy(share, share).sum())
+
+
+def straight_through(z: Tensor, rows: Tensor) -> Tensor:
+    """The code rows, with the gradient of z (van den Oord et al. 2017); both float [B, C, D, H, W]."""
+    return z + (rows - z).detach()
+
+
+def _from_first_process(tensor: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.broadcast(tensor, src=0)
+    return tensor

@@ -1,0 +1,155 @@
+"""Training of the Patch-Volume autoencoder (Wang et al., TMI 2025, section III-B).
+
+Stage 1 learns everything on random patches. Stage 2 freezes encoder, `pre_vq_conv` and codebook, and learns the decoder
+and `post_vq_conv` on the stitched latents of whole volumes, so that patches join without seams.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from meddiff.checkpoint import load_component, save_component
+from meddiff.models import PatchVolumeAutoencoder
+from meddiff.models.codebook import straight_through
+from meddiff.report import save_comparison
+from meddiff.training.data import Draws, VolumeDataset, list_volumes, patch_draw, volume_draw
+from meddiff.training.discriminator import PatchDiscriminator
+from meddiff.training.engine import TrainingRun
+from meddiff.training.losses import (
+    adversarial_loss,
+    commitment_loss,
+    feature_matching_loss,
+    hinge_loss,
+    load_perceptual,
+)
+from meddiff.training.options import AutoencoderTraining
+
+_BETAS = (0.5, 0.9)
+
+
+class _Reconstruction(nn.Module):
+    """One forward pass of a stage, as one module, so that DDP and FSDP can wrap it."""
+
+    def __init__(self, autoencoder: PatchVolumeAutoencoder, stage: int) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.stage = stage
+        if stage == 2:
+            for frozen in (autoencoder.encoder, autoencoder.pre_vq_conv):
+                frozen.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """x [B, 1, D, H, W] → reconstruction, latent, indices, code rows."""
+        a = self.autoencoder
+        if self.stage == 1:
+            z = a.pre_vq_conv(a.encoder(x)).float()
+        else:
+            with torch.no_grad():
+                z = a.encode(x)
+        if not a.codebook.initialised:
+            a.codebook.initialise(z.detach())
+        indices, rows = a.quantize(z.detach())
+        q = straight_through(z, rows) if self.stage == 1 else rows
+        return a.decoder(a.post_vq_conv(q)).float(), z, indices, rows
+
+
+def train_autoencoder(options: AutoencoderTraining) -> Path:
+    """Run a stage to its last step, going on from the last checkpoint, if there is one.
+
+    Returns the folder with the trained autoencoder, `out`/autoencoder. Raises ValueError, VolumeError and
+    CheckpointError for options, data and initial weights that cannot be used, FloatingPointError when it diverges.
+    """
+    run = TrainingRun(options)
+    accelerator = run.accelerator
+    device = accelerator.device
+
+    torch.manual_seed(options.seed)
+    if options.initial is None:
+        autoencoder = PatchVolumeAutoencoder(options.model)
+    else:
+        autoencoder = load_component(options.initial, "autoencoder").requires_grad_(True)
+    config = autoencoder.config
+    if options.stage == 2 and not autoencoder.codebook.initialised:
+        raise ValueError(f"train_autoencoder: {options.initial}: its codebook was never trained; run stage 1 first")
+    model = _Reconstruction(autoencoder, options.stage)
+    discriminator = PatchDiscriminator(config.image_channels)
+    adam = [
+        torch.optim.Adam([p for p in part.parameters() if p.requires_grad], options.learning_rate, _BETAS)
+        for part in (model, discriminator)
+    ]
+    perceptual = load_perceptual(options.perceptual, options.perceptual_weights)
+    perceptual = perceptual and perceptual.to(device)
+
+    draw = (
+        patch_draw(config.patch_size, options.patches_per_volume)
+        if options.stage == 1
+        else volume_draw(options.volume_size, config.patch_size)
+    )
+    volumes = list_volumes(options.data)
+    with accelerator.main_process_first():
+        data = VolumeDataset(volumes, options.cache or run.folder / "cache", draw, options.spacing, options.on_bad)
+    model, discriminator, optimizer, discriminator_optimizer = accelerator.prepare(model, discriminator, *adam)
+    start = run.resume()
+    draws = Draws(
+        [0] * len(data), options.batch_size, options.seed, start, accelerator.process_index, accelerator.num_processes
+    )
+    batches = iter(DataLoader(data, batch_sampler=draws, num_workers=options.workers))
+    codebook = autoencoder.codebook
+    model.train(), discriminator.train()
+
+    for step in run.steps(start):
+        x = next(batches).flatten(0, 1).to(device)
+        adversarial = options.discriminator_start is not None and step >= options.discriminator_start
+        generating = not adversarial or (step - options.discriminator_start) % 2 == 0
+
+        if generating:
+            y, z, indices, rows = model(x)
+            losses = {"l1": F.l1_loss(y, x)}
+            loss = options.l1_weight * losses["l1"]
+            if options.stage == 1:
+                losses["commitment"] = commitment_loss(z, rows)
+                loss = loss + losses["commitment"]
+            if perceptual is not None:
+                losses["perceptual"] = perceptual(y, x)
+                loss = loss + options.perceptual_weight * losses["perceptual"]
+            if adversarial:
+                discriminator.requires_grad_(False)
+                logits, features = discriminator(y)
+                with torch.no_grad():
+                    _, real_features = discriminator(x)
+                discriminator.requires_grad_(True)
+                losses["adversarial"] = adversarial_loss(logits)
+                losses["feature_matching"] = feature_matching_loss(real_features, features)
+                loss = loss + options.adversarial_weight * losses["adversarial"]
+                loss = loss + options.feature_weight * losses["feature_matching"]
+            accelerator.backward(loss)
+            if options.gradient_clip:
+                accelerator.clip_grad_norm_(model.parameters(), options.gradient_clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            if options.stage == 1:
+                losses["perplexity"] = codebook.update(z.detach(), indices)
+            losses["psnr"] = -10 * torch.log10((y - x).detach().square().mean() / 4)
+            run.log(step, loss=loss, **losses)
+            if preview := run.preview(step):
+                save_comparison([x[0, 0], y[0, 0]], preview)
+        else:
+            with torch.no_grad():
+                y = model(x)[0]
+            (real, _), (fake, _) = discriminator(x), discriminator(y)
+            loss = hinge_loss(real, fake)
+            accelerator.backward(loss)
+            discriminator_optimizer.step()
+            discriminator_optimizer.zero_grad()
+            run.log(step, discriminator=loss)
+
+    trained = run.folder / "autoencoder"
+    if accelerator.is_main_process:
+        save_component(trained, "autoencoder", accelerator.unwrap_model(model).autoencoder)
+    accelerator.wait_for_everyone()
+    return trained

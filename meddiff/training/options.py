@@ -1,0 +1,116 @@
+"""Options of the training commands. Light to import: the command line shows them without loading PyTorch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from meddiff.config import AutoencoderConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What every training run needs.
+
+    out: Folder of the run; a run that stopped goes on from its last checkpoint.
+    steps: Optimiser steps in all.
+    batch_size: Samples per step and process.
+    learning_rate: Of Adam.
+    seed: The same seed gives the same run on the same machine.
+    mixed_precision: no, bf16 or fp16.
+    gradient_clip: Largest norm of the gradient; by default no limit.
+    save_every: Steps between checkpoints.
+    keep: Checkpoints that are kept.
+    log_every: Steps between lines of stats.jsonl.
+    preview_every: Steps between previews; by default none.
+    workers: Processes that load data, for each training process.
+    """
+
+    out: str
+    steps: int
+    batch_size: int = 2
+    learning_rate: float = 3e-4
+    seed: int = 0
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    gradient_clip: float | None = None
+    save_every: int = 500
+    keep: int = 2
+    log_every: int = 10
+    preview_every: int | None = None
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "save_every", "keep", "log_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise ValueError(f"{type(self).__name__}: learning_rate must be positive, got {self.learning_rate}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class AutoencoderTraining(RunOptions):
+    """Train the autoencoder: stage 1 on patches, stage 2 on whole volumes.
+
+    data: Folder of NIfTI files, or a .csv or .json list with `file` and perhaps modality, low and high.
+    stage: 1 (patches, all weights) or 2 (whole volumes, decoder only).
+    initial: Autoencoder folder to begin with; stage 2 needs the one that stage 1 wrote.
+    model: Of a new autoencoder; not used with initial.
+    spacing: mm along X, Y, Z to which volumes are resampled; by default they stay as they are.
+    patches_per_volume: Random patches of each volume drawn (stage 1).
+    volume_size: Voxels along X, Y, Z of whole volumes, multiples of the patch (stage 2).
+    on_bad: Whether a file that cannot be used is fatal, or named and skipped.
+    cache: Folder for prepared volumes; by default in out.
+    l1_weight: Weight of the voxels' L1 distance.
+    perceptual: Perceptual loss: none, lpips or medicalnet.
+    perceptual_weights: File with the weights of its network; by default they are downloaded.
+    perceptual_weight: Weight of the perceptual loss.
+    discriminator_start: Step at which the discriminator starts; by default there is none.
+    adversarial_weight: Weight of the adversarial loss.
+    feature_weight: Weight of the discriminator's feature matching.
+    """
+
+    data: str
+    stage: Literal[1, 2] = 1
+    initial: str | None = None
+    model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
+    spacing: tuple[float, float, float] | None = None
+    patches_per_volume: int = 1
+    volume_size: tuple[int, int, int] | None = None
+    on_bad: Literal["fail", "skip"] = "fail"
+    cache: str | None = None
+    l1_weight: float = 4.0
+    perceptual: Literal["none", "lpips", "medicalnet"] = "none"
+    perceptual_weights: str | None = None
+    perceptual_weight: float = 2.0
+    discriminator_start: int | None = None
+    adversarial_weight: float = 2.0
+    feature_weight: float = 4.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.stage == 2 and (self.initial is None or self.volume_size is None):
+            raise ValueError("AutoencoderTraining: stage 2 needs initial (what stage 1 wrote) and volume_size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PopulationOptions:
+    """Make a population of brains out of the MNI152 template: random deformations, bias fields and contrasts.
+
+    out: Folder for the volumes and their list, volumes.csv.
+    subjects: Number of brains; each gives one volume per anatomy.
+    sizes: Voxels along X, Y, Z of the resolutions; subjects take them in turn.
+    spacings: mm along X, Y, Z, one for each of the sizes.
+    seed: A subject depends on this and on its number alone.
+    displacement: Typical displacement of the deformation in mm.
+    """
+
+    out: str
+    subjects: int
+    sizes: list[tuple[int, int, int]]
+    spacings: list[tuple[float, float, float]]
+    seed: int = 0
+    displacement: float = 2.5
+
+    def __post_init__(self) -> None:
+        if self.subjects < 1 or not self.sizes or len(self.sizes) != len(self.spacings):
+            raise ValueError("PopulationOptions: needs subjects, and one spacing for each size")

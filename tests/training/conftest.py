@@ -1,0 +1,22 @@
+"""A small set of volumes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def volumes(tmp_path_factory) -> Path:
+    """Four smooth volumes of 24×20×28 voxels, 1 mm, on a dark background."""
+    folder, random = tmp_path_factory.mktemp("volumes"), np.random.default_rng(0)
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in (24, 20, 28)), indexing="ij")
+    for i in range(4):
+        a, b, c = random.uniform(0.4, 0.9, 3)
+        inside = (x / a) ** 2 + (y / b) ** 2 + (z / c) ** 2 < 1
+        data = np.where(inside, 400 + 300 * np.sin(4 * x + i) * np.cos(3 * y), 0).astype(np.float32)
+        nib.save(nib.Nifti1Image(data, np.eye(4)), folder / f"{i}.nii.gz")
+    return folder

@@ -1,0 +1,146 @@
+"""Both stages at tiny size: what learns, what stays, what a run that was killed gives."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+from meddiff.checkpoint import load_component
+from meddiff.training.autoencoder import train_autoencoder
+from meddiff.training.engine import TrainingRun
+from meddiff.training.options import AutoencoderTraining
+
+
+@pytest.fixture(autouse=True)
+def _gradients():
+    with torch.enable_grad():
+        yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture
+def options(volumes, tmp_path, tiny_autoencoder_config) -> AutoencoderTraining:
+    return AutoencoderTraining(
+        out=str(tmp_path / "run"), steps=6, data=str(volumes), model=tiny_autoencoder_config, save_every=2, log_every=1
+    )
+
+
+def statistics(out: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "stats.jsonl").read_text().splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_component(folder, "autoencoder").state_dict()
+
+
+def test_stage_1_learns(options):
+    options = replace(options, steps=40, learning_rate=2e-3, save_every=40)
+    trained = train_autoencoder(options)
+    losses = [line["l1"] for line in statistics(options.out)]
+    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert load_component(trained, "autoencoder").codebook.initialised
+    assert [path.name for path in (Path(options.out) / "checkpoints").iterdir()] == ["step-00000040"]
+
+
+def test_a_killed_run_goes_on_with_the_same_losses(options, tmp_path, monkeypatch):
+    options = replace(options, discriminator_start=3)
+    whole = weights(train_autoencoder(options))
+
+    class Killed(BaseException):
+        pass
+
+    log = TrainingRun.log
+
+    def die(run, step, **values):
+        log(run, step, **values)
+        if step == 4:
+            raise Killed
+
+    interrupted = replace(options, out=str(tmp_path / "interrupted"))
+    AcceleratorState._reset_state(True)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(TrainingRun, "log", die)
+        train_autoencoder(interrupted)
+    assert [line["step"] for line in statistics(interrupted.out)] == [0, 1, 2, 3, 4]
+    half = Path(interrupted.out) / "checkpoints" / ".step-00000006"  # as if the next checkpoint had been half written
+    half.mkdir()
+    AcceleratorState._reset_state(True)
+    again = weights(train_autoencoder(interrupted))
+    assert statistics(interrupted.out) == statistics(options.out)
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    assert not half.exists()
+    kept = sorted(path.name for path in (Path(interrupted.out) / "checkpoints").iterdir())
+    assert kept == ["step-00000004", "step-00000006"]
+
+
+def test_stage_2_trains_decoder_and_post_vq_conv_alone(options, tmp_path):
+    first = train_autoencoder(options)
+    before = weights(first)
+    AcceleratorState._reset_state(True)
+    second = replace(
+        options, out=str(tmp_path / "stage2"), stage=2, initial=str(first), volume_size=(32, 16, 32), steps=3
+    )
+    after = weights(train_autoencoder(second))
+    changed = {key for key in before if not torch.equal(before[key], after[key])}
+    assert {key.split(".")[0] for key in changed} == {"decoder", "post_vq_conv"}
+    assert all(key in changed for key in before if key.startswith("decoder."))
+
+
+def test_stage_2_without_a_trained_codebook_is_refused(options, tmp_path, tiny_autoencoder_config):
+    with pytest.raises(ValueError, match="stage 2 needs initial"):
+        replace(options, stage=2)
+    from meddiff.checkpoint import save_component
+    from meddiff.models import PatchVolumeAutoencoder
+
+    save_component(tmp_path / "fresh", "autoencoder", PatchVolumeAutoencoder(tiny_autoencoder_config))
+    with pytest.raises(ValueError, match="codebook was never trained"):
+        train_autoencoder(replace(options, stage=2, initial=str(tmp_path / "fresh"), volume_size=(16, 16, 16)))
+
+
+def test_divergence_is_an_error_that_names_the_step(options):
+    with pytest.raises(FloatingPointError, match="not finite at step"):
+        train_autoencoder(replace(options, learning_rate=1e30))
+
+
+def test_previews_are_written(options):
+    train_autoencoder(replace(options, steps=2, preview_every=2))
+    assert [path.name for path in (Path(options.out) / "previews").iterdir()] == ["step-00000002.png"]
+
+
+def test_two_processes_equal_one_with_twice_the_batch(options, tmp_path):
+    """The same samples in one step, split over two gloo processes: the same codebook statistics and gradients."""
+    arguments = ["--data", options.data, "--steps", "3", "--save_every", "3", "--log_every", "1"]
+    for name in ("n_hiddens", "num_groups", "n_codes", "patch_size"):
+        arguments += [f"--model.{name}", str(getattr(options.model, name))]
+    command = ["-m", "meddiff.cli", "train", "autoencoder", "--out", str(tmp_path / "two"), "--batch_size", "1"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    result = subprocess.run(
+        [sys.executable, *launch, *command, *arguments],
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    steps = statistics(str(tmp_path / "two"))
+    assert [line["step"] for line in steps] == [0, 1, 2]
+    trained = load_component(tmp_path / "two" / "autoencoder", "autoencoder")
+    # counts of both processes are in the averages: 2 patches of 2³ latents per step
+    total = trained.codebook.N.sum().item()
+    wanted = float(options.model.n_codes)
+    for _ in range(3):
+        wanted = 0.99 * wanted + 0.01 * 2 * 8
+    assert total == pytest.approx(wanted, rel=1e-5)
+
+
+def environment() -> dict[str, str]:
+    import os
+
+    return {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}

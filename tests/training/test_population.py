@@ -1,0 +1,56 @@
+"""The population: two contrasts of the same anatomy, different subjects, the same ones for the same seed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from meddiff.training.data import list_volumes
+from meddiff.training.options import PopulationOptions
+from meddiff.training.population import make_population, undeformed
+from meddiff.volume import Volume
+
+SIZE, SPACING = (32, 48, 32), (5.0, 5.0, 5.0)
+
+
+@pytest.fixture
+def options(tmp_path) -> PopulationOptions:
+    return PopulationOptions(
+        out=str(tmp_path / "a"), subjects=2, sizes=[SIZE, (32, 32, 32)], spacings=[SPACING, (6.0, 6.0, 6.0)], seed=5
+    )
+
+
+def test_subjects_differ_and_their_contrasts_share_the_anatomy(options):
+    listed = list_volumes(make_population(options))
+    assert [v.anatomy for v in listed] == ["mr_t1_brain", "mr_t2_brain"] * 2
+    volumes = [Volume.load(v.file, v.modality, (v.low, v.high)) for v in listed]
+    assert [v.shape for v in volumes] == [SIZE] * 2 + [(32, 32, 32)] * 2
+    assert volumes[0].spacing == SPACING and volumes[2].spacing == (6, 6, 6)
+    t1, t2 = (v.data / 1000 for v in volumes[:2])
+    assert t1.min() >= 0 and 0.9 < t1.max() <= 1
+    inside = t1 > 0.3
+    assert 0.05 < inside.mean() < 0.5  # a brain in a field of air
+    assert ((t2 > 0.1) & inside).sum() / inside.sum() > 0.95  # the same shape
+    assert np.corrcoef(t1[inside], t2[inside])[0, 1] < -0.3  # and the opposite contrast
+
+
+def test_the_seed_decides_and_finished_volumes_stay(options, tmp_path):
+    first = [v.file for v in list_volumes(make_population(options))]
+    again = [v.file for v in list_volumes(make_population(replace(options, out=str(tmp_path / "b"))))]
+    other = [v.file for v in list_volumes(make_population(replace(options, out=str(tmp_path / "c"), seed=6)))]
+    read = [[Volume.load(file, "MR", (0, 1000)).data for file in files] for files in (first, again, other)]
+    assert all(np.array_equal(one, two) for one, two in zip(read[0], read[1]))
+    assert not any(np.array_equal(one, two) for one, two in zip(read[0], read[2]))
+    template = undeformed(SIZE, SPACING)[0]
+    assert np.abs(template.data - read[0][0]).mean() > 5
+
+    stamps = [Volume.load(file, "MR", (0, 1000)).source.path.stat().st_mtime_ns for file in first]
+    make_population(replace(options, subjects=3))
+    assert [Volume.load(file, "MR", (0, 1000)).source.path.stat().st_mtime_ns for file in first] == stamps
+
+
+def test_sizes_and_spacings_must_match(options):
+    with pytest.raises(ValueError, match="one spacing for each size"):
+        replace(options, spacings=[SPACING])
