@@ -264,6 +264,8 @@ _TRAIN_SUMMARY = "Train the models; options from a YAML file (--config), the com
 _TRAININGS = {
     "population": ("PopulationOptions", "population", "make_population"),
     "autoencoder": ("AutoencoderTraining", "autoencoder", "train_autoencoder"),
+    "latents": ("LatentOptions", "latents", "encode_latents"),
+    "denoiser": ("DenoiserTraining", "denoiser", "train_denoiser"),
 }
 
 

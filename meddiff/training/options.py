@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from meddiff.config import AutoencoderConfig
+from meddiff.config import AutoencoderConfig, DenoiserConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,3 +114,45 @@ class PopulationOptions:
     def __post_init__(self) -> None:
         if self.subjects < 1 or not self.sizes or len(self.sizes) != len(self.spacings):
             raise ValueError("PopulationOptions: needs subjects, and one spacing for each size")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LatentOptions:
+    """Encode volumes into the latents on which the denoiser is trained.
+
+    out: Folder for the latents; those that are there already stay.
+    data: Folder of NIfTI files, or a .csv or .json list with `file`, `anatomy` and perhaps modality, low and high.
+    autoencoder: Folder of a trained autoencoder.
+    anatomy: Of volumes whose list names none.
+    spacing: mm along X, Y, Z to which volumes are resampled; by default they stay as they are.
+    on_bad: Whether a file that cannot be used is fatal, or named and skipped.
+    """
+
+    out: str
+    data: str
+    autoencoder: str
+    anatomy: str | None = None
+    spacing: tuple[float, float, float] | None = None
+    on_bad: Literal["fail", "skip"] = "fail"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenoiserTraining(RunOptions):
+    """Train the denoiser on latents, of one size or several.
+
+    data: Folder that `meddiff train latents` wrote.
+    autoencoder: Folder of the autoencoder that encoded them; it becomes part of the model.
+    model: Of the denoiser.
+    ema_decay: Share of the old moving average in the new one.
+    ema_every: Steps between updates of the moving average.
+    ema_start: Steps during which it is a plain copy.
+    preview_steps: Denoising steps of previews.
+    """
+
+    data: str
+    autoencoder: str
+    model: DenoiserConfig = field(default_factory=DenoiserConfig)
+    ema_decay: float = 0.995
+    ema_every: int = 10
+    ema_start: int = 2000
+    preview_steps: int = 20

@@ -1,0 +1,99 @@
+"""Training of BiFlowNet on the latents of `meddiff train latents` (Wang et al., TMI 2025, section III-C).
+
+A batch holds latents of one size, batches of all sizes alternate: one network learns several resolutions.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from meddiff.checkpoint import load_component, save_model
+from meddiff.config import ScheduleConfig
+from meddiff.models import BiFlowNet, PatchVolumeAutoencoder
+from meddiff.report import save_comparison
+from meddiff.sampling import NoiseSchedule, sample_latent
+from meddiff.training.data import Draws
+from meddiff.training.ema import MovingAverage
+from meddiff.training.engine import TrainingRun
+from meddiff.training.latents import LatentDataset
+from meddiff.training.options import DenoiserTraining
+
+_RESOLUTION_UNIT = 64  # latent elements; the condition is the latent's size in this unit
+
+
+def train_denoiser(options: DenoiserTraining) -> Path:
+    """Run to the last step, going on from the last checkpoint, if there is one: L1 distance to the noise.
+
+    Returns the model folder `out`/model: the autoencoder, and the moving average of the denoiser. Raises ValueError and
+    CheckpointError for options, latents and autoencoders that cannot be used, FloatingPointError when it diverges.
+    """
+    run = TrainingRun(options)
+    accelerator = run.accelerator
+    device = accelerator.device
+
+    torch.manual_seed(options.seed)
+    autoencoder = load_component(options.autoencoder, "autoencoder", device)
+    denoiser = BiFlowNet(options.model)
+    data = LatentDataset(options.data, options.model.channels)
+    classes = {latent.class_index for latent in data.latents}
+    if max(classes) >= options.model.num_classes:
+        raise ValueError(
+            f"train_denoiser: class {max(classes)} in {options.data}; num_classes must be larger than that"
+        )
+    schedule = NoiseSchedule(ScheduleConfig()).to(device)
+    average = MovingAverage(denoiser, options.ema_decay, options.ema_every, options.ema_start).to(device)
+    adam = torch.optim.Adam(denoiser.parameters(), options.learning_rate)
+    model, optimizer = accelerator.prepare(denoiser, adam)
+    accelerator.register_for_checkpointing(average)
+    start = run.resume()
+    draws = Draws(
+        data.sizes, options.batch_size, options.seed, start, accelerator.process_index, accelerator.num_processes
+    )
+    batches = iter(DataLoader(data, batch_sampler=draws, num_workers=options.workers))
+    model.train()
+
+    for step in run.steps(start):
+        x0, y = (part.to(device) for part in next(batches))
+        noise = torch.randn_like(x0)
+        t = torch.randint(schedule.timesteps, (len(x0),), device=device)
+        resolution = x0.new_tensor(x0.shape[2:]) / _RESOLUTION_UNIT
+        estimate = model(schedule.add_noise(x0, t, noise), t, y, resolution)
+        loss = F.l1_loss(estimate.float(), noise)
+        accelerator.backward(loss)
+        if options.gradient_clip:
+            accelerator.clip_grad_norm_(model.parameters(), options.gradient_clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(accelerator.unwrap_model(model), step)
+        run.log(step, loss=loss)
+        if preview := run.preview(step):
+            size = data.sizes[0]
+            volumes = [_sample(average.network, autoencoder, schedule, size, c, options) for c in sorted(classes)]
+            save_comparison(volumes, preview)
+
+    trained = run.folder / "model"
+    if accelerator.is_main_process:
+        save_model(trained, autoencoder, average.network, schedule.config)
+    accelerator.wait_for_everyone()
+    return trained
+
+
+@torch.no_grad()
+def _sample(
+    denoiser: BiFlowNet,
+    autoencoder: PatchVolumeAutoencoder,
+    schedule: NoiseSchedule,
+    size: tuple[int, ...],
+    class_index: int,
+    options: DenoiserTraining,
+) -> Tensor:
+    """A sample [D, H, W] in [-1, 1]."""
+    y = torch.tensor([class_index])
+    latent = sample_latent(denoiser, schedule, size, y, steps=options.preview_steps, seed=options.seed)
+    indices, _ = autoencoder.quantize(autoencoder.codebook.latent_scale().unscale(latent))
+    return autoencoder.decode(indices)[0, 0].clamp(-1, 1)

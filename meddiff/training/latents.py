@@ -1,0 +1,138 @@
+"""Latents of a training set: encoded once, scaled to the denoiser's range, one safetensors file for each volume."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import PartialState
+from monai.transforms import Compose, DivisiblePadd
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from meddiff.checkpoint import fingerprint, load_component
+from meddiff.config import ANATOMIES
+from meddiff.files import atomic_write
+from meddiff.progress import progress
+from meddiff.resources import default_dtype
+from meddiff.training.data import list_volumes, preparation
+from meddiff.training.options import LatentOptions
+from meddiff.volume import VolumeError
+
+_log = logging.getLogger(__name__)
+_FORMAT = "meddiff-training-latent-1"
+_SUB_VOLUME = 8  # latent elements along each axis, of which the denoiser takes multiples
+
+
+def encode_latents(options: LatentOptions) -> Path:
+    """Encode the volumes whose latents are not there yet, shared among the processes of `accelerate launch`.
+
+    A latent is made anew when its volume, the spacing or the autoencoder change. Volumes are padded around with air to
+    multiples of the patch and of 8 latent elements. Returns the folder.
+
+    Raises ValueError where a volume has no anatomy, VolumeError for a bad file where that is fatal.
+    """
+    state = PartialState()
+    folder = Path(options.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    autoencoder = load_component(options.autoencoder, "autoencoder", state.device, default_dtype(state.device))
+    scale, owner = autoencoder.codebook.latent_scale(), fingerprint(autoencoder)
+    unit = math.lcm(autoencoder.config.patch_size, _SUB_VOLUME * autoencoder.config.downsample)
+    prepare = Compose([preparation(options.spacing), DivisiblePadd("image", k=unit, value=-1)])
+
+    volumes = list_volumes(options.data, options.anatomy)
+    nameless = [volume.file for volume in volumes if volume.anatomy is None]
+    if nameless:
+        raise ValueError(f"encode_latents: {nameless[0]} has no anatomy; list it in {options.data}, or give --anatomy")
+    mine = volumes[state.process_index :: state.num_processes]
+    for volume in progress("encoding")(mine) if state.is_main_process else mine:
+        try:
+            status = Path(volume.file).stat()
+            stamp = f"{status.st_size} {status.st_mtime_ns}"
+        except OSError:
+            stamp = "missing"  # Volume.load says why
+        description = {
+            "format": _FORMAT,
+            "source": volume.file,
+            "origin": hashlib.sha256(f"{volume} {stamp} {options.spacing} {owner}".encode()).hexdigest(),
+            "anatomy": volume.anatomy,
+        }
+        name = Path(volume.file).name.removesuffix(".gz").removesuffix(".nii")
+        target = folder / f"{name}-{hashlib.sha256(volume.file.encode()).hexdigest()[:8]}.safetensors"
+        if target.exists() and _describe(target).get("origin") == description["origin"]:
+            continue
+        try:
+            x = prepare({"image": volume.file, "modality": volume.modality, "low": volume.low, "high": volume.high})
+        except Exception as error:
+            reason = error
+            while reason.__cause__ is not None and not isinstance(reason, VolumeError):
+                reason = reason.__cause__  # MONAI wraps what a transform raises
+            if options.on_bad == "fail" or not isinstance(reason, VolumeError):
+                raise reason from None
+            _log.warning("left out: %s", reason)
+            continue
+        with torch.inference_mode():
+            latent = scale.scale(autoencoder.encode(x["image"][None]))[0]
+        with atomic_write(target) as temporary:
+            save_file({"latent": latent.cpu().contiguous()}, temporary, description)
+    state.wait_for_everyone()
+    return folder
+
+
+@dataclass(frozen=True)
+class Latent:
+    values: Tensor  # float32 [C, d, h, w], in the denoiser's range
+    class_index: int
+
+
+class LatentDataset(Dataset):
+    """The latents of a folder, in memory. `dataset[index, seed]` → (float32 [C, d, h, w], class); the seed is not used.
+
+    Raises ValueError for an empty folder and for damaged or foreign files.
+    """
+
+    def __init__(self, folder: str | Path, channels: int) -> None:
+        self.latents = []
+        files = sorted(Path(folder).glob("*.safetensors"))
+        if not files:
+            raise ValueError(f"LatentDataset: {folder}: holds no latents; make them with `meddiff train latents`")
+        for file in files:
+            description = _describe(file)
+            try:
+                with safe_open(file, framework="pt") as stored:
+                    values = stored.get_tensor("latent")
+            except SafetensorError as error:
+                raise ValueError(f"LatentDataset: {file}: damaged ({error}); delete it and encode again") from None
+            if description.get("format") != _FORMAT or description.get("anatomy") not in ANATOMIES:
+                raise ValueError(f"LatentDataset: {file}: is no latent of `meddiff train latents`")
+            if values.ndim != 4 or values.shape[0] != channels or not torch.isfinite(values).all():
+                raise ValueError(
+                    f"LatentDataset: {file}: must be finite [{channels}, d, h, w], got {tuple(values.shape)}"
+                )
+            self.latents.append(Latent(values, ANATOMIES[description["anatomy"]].class_index))
+
+    @property
+    def sizes(self) -> list[tuple[int, ...]]:
+        """(d, h, w) of each latent: the buckets of multi-resolution training."""
+        return [tuple(latent.values.shape[1:]) for latent in self.latents]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
+        latent = self.latents[key[0]]
+        return latent.values, latent.class_index
+
+
+def _describe(file: Path) -> dict[str, str]:
+    try:
+        with safe_open(file, framework="pt") as stored:
+            return stored.metadata() or {}
+    except SafetensorError:
+        return {}

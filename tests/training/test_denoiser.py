@@ -1,0 +1,184 @@
+"""Latents and the denoiser at tiny size: resuming, several sizes in one run, the average, the model at the end."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from meddiff.checkpoint import save_component
+from meddiff.config import PRESETS
+from meddiff.models import PatchVolumeAutoencoder
+from meddiff.pipelines import MedDiffusion
+from meddiff.training.data import list_volumes, preparation
+from meddiff.training.denoiser import train_denoiser
+from meddiff.training.ema import MovingAverage
+from meddiff.training.engine import TrainingRun
+from meddiff.training.latents import LatentDataset, encode_latents
+from meddiff.training.options import DenoiserTraining, LatentOptions
+from meddiff.volume import VolumeError
+
+
+@pytest.fixture(autouse=True)
+def _gradients():
+    AcceleratorState._reset_state(True)
+    with torch.enable_grad():
+        yield
+    AcceleratorState._reset_state(True)
+
+
+@pytest.fixture(scope="module")
+def autoencoder(tmp_path_factory) -> Path:
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model") / "autoencoder"
+    network = PatchVolumeAutoencoder(PRESETS["tiny"].autoencoder)
+    network.codebook.initialise(torch.randn(1, 8, 8, 8, 8))
+    save_component(folder, "autoencoder", network)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents(autoencoder, tmp_path_factory) -> Path:
+    """Four latents of 8³ and four of 16×8×8, of two classes."""
+    folder, random = tmp_path_factory.mktemp("latents"), np.random.default_rng(1)
+    rows = []
+    for i in range(8):
+        shape = (60, 64, 50) if i % 2 else (64, 64, 128)
+        nib.save(nib.Nifti1Image(random.normal(size=shape).astype(np.float32), np.eye(4)), folder / f"{i}.nii")
+        rows.append({"file": f"{i}.nii", "anatomy": ("mr_t1_brain", "mr_t2_brain")[i // 4]})
+    (folder / "list.json").write_text(json.dumps(rows))
+    AcceleratorState._reset_state(True)
+    return encode_latents(
+        LatentOptions(out=str(folder / "out"), data=str(folder / "list.json"), autoencoder=str(autoencoder))
+    )
+
+
+@pytest.fixture
+def options(latents, autoencoder, tmp_path) -> DenoiserTraining:
+    return DenoiserTraining(
+        out=str(tmp_path / "run"),
+        steps=4,
+        data=str(latents),
+        autoencoder=str(autoencoder),
+        model=PRESETS["tiny"].denoiser,
+        save_every=2,
+        log_every=1,
+    )
+
+
+def statistics(out: str) -> list[dict]:
+    return [json.loads(line) for line in (Path(out) / "stats.jsonl").read_text().splitlines()]
+
+
+def test_latents_are_scaled_encoder_outputs(latents, autoencoder):
+    from meddiff.checkpoint import load_component
+    from meddiff.resources import default_dtype
+
+    data = LatentDataset(latents, 8)
+    assert sorted(data.sizes) == [(8, 8, 8)] * 4 + [(16, 8, 8)] * 4
+    assert sorted(latent.class_index for latent in data.latents) == [3] * 4 + [4] * 4
+    listed = list_volumes(latents.parent / "list.json")[0]
+    x = preparation(None)({"image": listed.file, "modality": None, "low": None, "high": None})["image"]
+    network = load_component(autoencoder, "autoencoder", dtype=default_dtype(torch.device("cpu")))
+    with torch.no_grad():
+        z = network.encode(x[None])[0]
+    low, high = (bound.item() for bound in network.codebook.embeddings.aminmax())
+    torch.testing.assert_close(data[0, 0][0], 2 * (z - low) / (high - low) - 1)
+
+
+def test_latents_that_are_there_stay_and_changed_volumes_are_encoded_anew(latents, autoencoder, volumes, tmp_path):
+    options = LatentOptions(
+        out=str(tmp_path / "out"), data=str(tmp_path), autoencoder=str(autoencoder), anatomy="mr_knee"
+    )
+    source = nib.load(volumes / "0.nii.gz")
+    for name in ("a", "b"):
+        nib.save(source, tmp_path / f"{name}.nii")
+    a, b = sorted(encode_latents(options).iterdir())
+    stamps, before = (a.stat().st_mtime_ns, b.stat().st_mtime_ns), load_file(b)["latent"]
+    nib.save(nib.Nifti1Image(source.get_fdata() ** 2, np.eye(4)), tmp_path / "b.nii")
+    encode_latents(options)
+    assert a.stat().st_mtime_ns == stamps[0] and b.stat().st_mtime_ns != stamps[1]
+    assert not torch.equal(load_file(b)["latent"], before)
+
+
+def test_volumes_without_anatomy_and_bad_files(autoencoder, volumes, tmp_path, caplog):
+    options = LatentOptions(out=str(tmp_path / "out"), data=str(volumes), autoencoder=str(autoencoder))
+    with pytest.raises(ValueError, match="has no anatomy"):
+        encode_latents(options)
+    (tmp_path / "bad.nii").write_bytes(b"nothing")
+    options = replace(options, data=str(tmp_path), anatomy="mr_knee")
+    with pytest.raises(VolumeError, match=r"bad\.nii"):
+        encode_latents(options)
+    with caplog.at_level(logging.WARNING):
+        encode_latents(replace(options, on_bad="skip"))
+    assert r"bad.nii" in caplog.text
+    with pytest.raises(ValueError, match="holds no latents"):
+        LatentDataset(tmp_path / "out", 8)
+
+
+def test_the_average_is_a_copy_first_and_then_follows_slowly():
+    network = torch.nn.Linear(1, 1, bias=False)
+    average = MovingAverage(network, decay=0.75, every=2, start=3)
+    seen = []
+    for step, value in enumerate((1.0, 2.0, 3.0, 6.0, 9.0, 10.0)):
+        with torch.no_grad():
+            network.weight.fill_(value)
+        average.update(network, step)
+        seen.append(average.network.weight.item())
+    assert seen[1:] == [2.0, 2.0, 0.75 * 2 + 0.25 * 6, 3.0, 0.75 * 3 + 0.25 * 10]
+
+
+def test_a_killed_run_goes_on_with_the_same_losses_and_both_sizes_are_seen(options, tmp_path, monkeypatch):
+    sizes = []
+    forward = type(train_denoiser.__globals__["BiFlowNet"](options.model)).forward
+    monkeypatch.setattr(
+        train_denoiser.__globals__["BiFlowNet"],
+        "forward",
+        lambda self, x, *args: sizes.append(tuple(x.shape[2:])) or forward(self, x, *args),
+    )
+    whole = load_file(train_denoiser(options) / "denoiser" / "model.safetensors")
+    assert set(sizes) == {(8, 8, 8), (16, 8, 8)} and len(sizes) == 4
+
+    class Killed(BaseException):
+        pass
+
+    log = TrainingRun.log
+
+    def die(run, step, **values):
+        log(run, step, **values)
+        if step == 2:
+            raise Killed
+
+    interrupted = replace(options, out=str(tmp_path / "interrupted"))
+    AcceleratorState._reset_state(True)
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(TrainingRun, "log", die)
+        train_denoiser(interrupted)
+    AcceleratorState._reset_state(True)
+    again = load_file(train_denoiser(interrupted) / "denoiser" / "model.safetensors")
+    assert statistics(interrupted.out) == statistics(options.out)
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+
+
+def test_it_learns_and_leaves_a_model_that_generates(options):
+    options = replace(options, steps=30, learning_rate=2e-3, save_every=30, ema_start=0, preview_every=30)
+    folder = train_denoiser(replace(options, preview_steps=2))
+    losses = [line["loss"] for line in statistics(options.out)]
+    assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
+    assert [path.name for path in (Path(options.out) / "previews").iterdir()] == ["step-00000030.png"]
+    with pytest.warns(UserWarning, match="was released for sizes"):
+        volume = MedDiffusion.from_pretrained(folder).generate("mr_t1_brain", (64, 64, 64), steps=2)
+    assert volume.shape == (64, 64, 64)
+
+
+def test_classes_beyond_the_denoisers_are_refused(options):
+    with pytest.raises(ValueError, match="num_classes must be larger"):
+        train_denoiser(replace(options, model=replace(options.model, num_classes=4)))
