@@ -220,12 +220,7 @@ class VolumeDataset(Dataset):
                 self.prepared[i]
                 good.append(item)
             except Exception as error:
-                reason = error
-                while reason.__cause__ is not None and not isinstance(reason, VolumeError):
-                    reason = reason.__cause__  # MONAI wraps what a transform raises
-                if on_bad == "fail" or not isinstance(reason, VolumeError):
-                    raise reason from None
-                _log.warning("left out: %s", reason)
+                leave_out(error, on_bad)
         if not good:
             raise ValueError(f"VolumeDataset: none of the {len(items)} files can be used")
         self.prepared.data = good
@@ -239,6 +234,16 @@ class VolumeDataset(Dataset):
         self.draw.set_random_state(seed=seed)
         drawn = self.draw(self.prepared[index])
         return torch.stack([view["image"] for view in (drawn if isinstance(drawn, list) else [drawn])])
+
+
+def leave_out(error: Exception, on_bad: Literal["fail", "skip"]) -> None:
+    """Log the bad file behind `error`, or raise what is not to be skipped; MONAI wraps what a transform raises."""
+    reason: BaseException = error
+    while reason.__cause__ is not None and not isinstance(reason, VolumeError):
+        reason = reason.__cause__
+    if on_bad == "fail" or not isinstance(reason, VolumeError):
+        raise reason from None
+    _log.warning("left out: %s", reason)
 
 
 class Draws(Sampler):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +20,9 @@ from meddiff.config import ANATOMIES
 from meddiff.files import atomic_write
 from meddiff.progress import progress
 from meddiff.resources import default_dtype
-from meddiff.training.data import list_volumes, preparation
+from meddiff.training.data import leave_out, list_volumes, preparation
 from meddiff.training.options import LatentOptions
-from meddiff.volume import VolumeError
 
-_log = logging.getLogger(__name__)
 _FORMAT = "meddiff-training-latent-1"
 _SUB_VOLUME = 8  # latent elements along each axis, of which the denoiser takes multiples
 
@@ -70,12 +67,7 @@ def encode_latents(options: LatentOptions) -> Path:
         try:
             x = prepare({"image": volume.file, "modality": volume.modality, "low": volume.low, "high": volume.high})
         except Exception as error:
-            reason = error
-            while reason.__cause__ is not None and not isinstance(reason, VolumeError):
-                reason = reason.__cause__  # MONAI wraps what a transform raises
-            if options.on_bad == "fail" or not isinstance(reason, VolumeError):
-                raise reason from None
-            _log.warning("left out: %s", reason)
+            leave_out(error, options.on_bad)
             continue
         with torch.inference_mode():
             latent = scale.scale(autoencoder.encode(x["image"][None]))[0]

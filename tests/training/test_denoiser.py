@@ -14,10 +14,11 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-from meddiff.checkpoint import save_component
+from meddiff.checkpoint import load_component, save_component
 from meddiff.config import PRESETS
-from meddiff.models import PatchVolumeAutoencoder
+from meddiff.models import BiFlowNet, PatchVolumeAutoencoder
 from meddiff.pipelines import MedDiffusion
+from meddiff.resources import default_dtype
 from meddiff.training.data import list_volumes, preparation
 from meddiff.training.denoiser import train_denoiser
 from meddiff.training.ema import MovingAverage
@@ -79,9 +80,6 @@ def statistics(out: str) -> list[dict]:
 
 
 def test_latents_are_scaled_encoder_outputs(latents, autoencoder):
-    from meddiff.checkpoint import load_component
-    from meddiff.resources import default_dtype
-
     data = LatentDataset(latents, 8)
     assert sorted(data.sizes) == [(8, 8, 8)] * 2 + [(16, 8, 8)] * 2
     assert sorted(latent.class_index for latent in data.latents) == [3] * 2 + [4] * 2
@@ -138,9 +136,9 @@ def test_the_average_is_a_copy_first_and_then_follows_slowly():
 
 def test_a_killed_run_goes_on_with_the_same_losses_and_both_sizes_are_seen(options, tmp_path, monkeypatch):
     sizes = []
-    forward = type(train_denoiser.__globals__["BiFlowNet"](options.model)).forward
+    forward = BiFlowNet.forward
     monkeypatch.setattr(
-        train_denoiser.__globals__["BiFlowNet"],
+        BiFlowNet,
         "forward",
         lambda self, x, *args: sizes.append(tuple(x.shape[2:])) or forward(self, x, *args),
     )
