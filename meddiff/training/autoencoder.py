@@ -86,7 +86,7 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
     perceptual = perceptual and perceptual.to(device)
 
     draw = (
-        patch_draw(config.patch_size, options.patches_per_volume)
+        patch_draw(config.patch_size, options.patches_per_volume, options.turns)
         if options.stage == 1
         else volume_draw(options.volume_size, config.patch_size)
     )
@@ -95,14 +95,15 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
         data = VolumeDataset(volumes, options.cache or run.folder / "cache", draw, options.spacing, options.on_bad)
     model, discriminator, optimizer, discriminator_optimizer = accelerator.prepare(model, discriminator, *adam)
     start = run.resume()
+    buckets = data.shapes if options.stage == 2 and options.volume_size is None else [0] * len(data)
     draws = Draws(
-        [0] * len(data), options.batch_size, options.seed, start, accelerator.process_index, accelerator.num_processes
+        buckets, options.batch_size, options.seed, start, accelerator.process_index, accelerator.num_processes
     )
     batches = iter(DataLoader(data, batch_sampler=draws, num_workers=options.workers))
     codebook = autoencoder.codebook
     model.train(), discriminator.train()
 
-    for step in run.steps(start):
+    for step in run.steps(start, optimizer, discriminator_optimizer):
         x = next(batches).flatten(0, 1).to(device)
         adversarial = options.discriminator_start is not None and step >= options.discriminator_start
         generating = not adversarial or (step - options.discriminator_start) % 2 == 0

@@ -18,6 +18,7 @@ import torch
 from monai.data import MetaTensor, PersistentDataset
 from monai.transforms import (
     Compose,
+    DivisiblePadd,
     EnsureTyped,
     Lambdad,
     MapTransform,
@@ -154,9 +155,14 @@ def preparation(spacing: Sequence[float] | None) -> Compose:
     )
 
 
-def patch_draw(patch_size: int, patches: int) -> Compose:
-    """Random patches, mostly with foreground in their centre, flipped and turned by 90° at random (paper, stage 1)."""
+def patch_draw(patch_size: int, patches: int, turns: bool = True) -> Compose:
+    """Random patches, mostly with foreground in their centre (paper, stage 1).
+
+    turns: flip and turn them by 90° at random.
+    """
     planes = ((0, 1), (0, 2), (1, 2))
+    turned = [RandFlipd("image", prob=0.5, spatial_axis=axis) for axis in range(3)]
+    turned += [RandRotate90d("image", prob=0.5, max_k=3, spatial_axes=plane) for plane in planes]
     positive, negative = _FOREGROUND_SHARE
     return Compose(
         [
@@ -165,14 +171,18 @@ def patch_draw(patch_size: int, patches: int) -> Compose:
             RandCropByPosNegLabeld(
                 "image", "foreground", (patch_size,) * 3, pos=positive, neg=negative, num_samples=patches
             ),
-            *(RandFlipd("image", prob=0.5, spatial_axis=axis) for axis in range(3)),
-            *(RandRotate90d("image", prob=0.5, max_k=3, spatial_axes=plane) for plane in planes),
+            *(turned if turns else ()),
         ]
     )
 
 
-def volume_draw(size: Sequence[int], patch_size: int) -> Compose:
-    """Whole volumes of one size, voxels along X, Y, Z: cropped or padded with air around their centre (stage 2)."""
+def volume_draw(size: Sequence[int] | None, patch_size: int) -> Compose:
+    """Whole volumes, cropped or padded with air around their centre (stage 2).
+
+    size: voxels along X, Y, Z; None keeps each volume's, padded to multiples of the patch.
+    """
+    if size is None:
+        return Compose([DivisiblePadd("image", k=patch_size, value=-1)])
     if len(size) != 3 or any(n < patch_size or n % patch_size for n in size):
         raise ValueError(f"volume_draw: size must be three multiples of the patch size {patch_size}, got {tuple(size)}")
     x, y, z = size
@@ -214,16 +224,17 @@ class VolumeDataset(Dataset):
             items.append({"image": volume.file, **asdict(volume), "state": state, "spacing": spacing})
         self.draw = draw
         self.prepared = PersistentDataset(items, preparation(spacing), cache_dir=cache)
-        good = []
+        good, shapes = [], []
         for i, item in enumerate(items):
             try:
-                self.prepared[i]
+                shapes.append(tuple(self.prepared[i]["image"].shape[1:]))
                 good.append(item)
             except Exception as error:
                 leave_out(error, on_bad)
         if not good:
             raise ValueError(f"VolumeDataset: none of the {len(items)} files can be used")
         self.prepared.data = good
+        self.shapes = shapes  # (D, H, W) of each prepared volume
         self.volumes = [ListedVolume(**{name: item[name] for name in asdict(volumes[0])}) for item in good]
 
     def __len__(self) -> int:

@@ -57,7 +57,7 @@ def train_denoiser(options: DenoiserTraining) -> Path:
     batches = iter(DataLoader(data, batch_sampler=draws, num_workers=options.workers))
     model.train()
 
-    for step in run.steps(start):
+    for step in run.steps(start, optimizer):
         x0, y = (part.to(device) for part in next(batches))
         noise = torch.randn_like(x0)
         t = torch.randint(schedule.timesteps, (len(x0),), device=device)

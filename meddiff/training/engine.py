@@ -64,12 +64,18 @@ class TrainingRun:
                 temporary.write_text("".join(f"{line}\n" for line in lines))
         return step
 
-    def steps(self, start: int) -> Iterator[int]:
-        """The steps from `start`, each with its own seed for all that is random; saves after those that ask for it."""
+    def steps(self, start: int, *optimizers: torch.optim.Optimizer) -> Iterator[int]:
+        """The steps from `start`, each with its learning rate and its own seed for all that is random.
+
+        Saves after those that ask for it.
+        """
         a = self.accelerator
         todo = range(start, self.options.steps)
         for step in progress("training")(todo) if a.is_main_process else todo:
             set_seed(draw_seed(self.options.seed, step, a.process_index))
+            for optimizer in optimizers:
+                for group in optimizer.param_groups:
+                    group["lr"] = self.options.learning_rate_at(step)
             yield step
             if (step + 1) % self.options.save_every == 0 or step + 1 == self.options.steps:
                 self.save(step + 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -16,6 +17,7 @@ class RunOptions:
     steps: Optimiser steps in all.
     batch_size: Samples per step and process.
     learning_rate: Of Adam.
+    final_learning_rate: Where a cosine decay over all steps ends; by default the rate is constant.
     seed: The same seed gives the same run on the same machine.
     mixed_precision: no, bf16 or fp16.
     gradient_clip: Largest norm of the gradient; by default no limit.
@@ -30,6 +32,7 @@ class RunOptions:
     steps: int
     batch_size: int = 2
     learning_rate: float = 3e-4
+    final_learning_rate: float | None = None
     seed: int = 0
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     gradient_clip: float | None = None
@@ -45,6 +48,18 @@ class RunOptions:
                 raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"{type(self).__name__}: learning_rate must be positive, got {self.learning_rate}")
+        if self.final_learning_rate is not None and not 0 <= self.final_learning_rate <= self.learning_rate:
+            raise ValueError(
+                f"{type(self).__name__}: final_learning_rate must lie in [0, {self.learning_rate}], "
+                f"got {self.final_learning_rate}"
+            )
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        if self.final_learning_rate is None:
+            return self.learning_rate
+        share = (1 + math.cos(math.pi * step / self.steps)) / 2
+        return self.final_learning_rate + share * (self.learning_rate - self.final_learning_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +72,9 @@ class AutoencoderTraining(RunOptions):
     model: Of a new autoencoder; not used with initial.
     spacing: mm along X, Y, Z to which volumes are resampled; by default they stay as they are.
     patches_per_volume: Random patches of each volume drawn (stage 1).
-    volume_size: Voxels along X, Y, Z of whole volumes, multiples of the patch (stage 2).
+    turns: Whether patches are flipped and turned by 90° at random (stage 1).
+    volume_size: Voxels along X, Y, Z to which whole volumes are cropped or padded, multiples of the patch (stage 2); by
+        default they keep their size, padded to multiples of the patch, and a batch holds volumes of one size.
     on_bad: Whether a file that cannot be used is fatal, or named and skipped.
     cache: Folder for prepared volumes; by default in out.
     l1_weight: Weight of the voxels' L1 distance.
@@ -75,6 +92,7 @@ class AutoencoderTraining(RunOptions):
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     spacing: tuple[float, float, float] | None = None
     patches_per_volume: int = 1
+    turns: bool = True
     volume_size: tuple[int, int, int] | None = None
     on_bad: Literal["fail", "skip"] = "fail"
     cache: str | None = None
@@ -88,8 +106,8 @@ class AutoencoderTraining(RunOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.stage == 2 and (self.initial is None or self.volume_size is None):
-            raise ValueError("AutoencoderTraining: stage 2 needs initial (what stage 1 wrote) and volume_size")
+        if self.stage == 2 and self.initial is None:
+            raise ValueError("AutoencoderTraining: stage 2 needs initial, what stage 1 wrote")
 
 
 @dataclass(frozen=True, kw_only=True)
