@@ -31,6 +31,7 @@ from monai.transforms import (
     SpatialPadd,
     Transposed,
 )
+from monai.utils import convert_to_tensor
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -244,7 +245,9 @@ class VolumeDataset(Dataset):
         index, seed = key
         self.draw.set_random_state(seed=seed)
         drawn = self.draw(self.prepared[index])
-        return torch.stack([view["image"] for view in (drawn if isinstance(drawn, list) else [drawn])])
+        views = drawn if isinstance(drawn, list) else [drawn]
+        # MONAI's tensors would carry their bookkeeping through every operation of the networks
+        return torch.stack([convert_to_tensor(view["image"], track_meta=False) for view in views])
 
 
 def leave_out(error: Exception, on_bad: Literal["fail", "skip"]) -> None:
