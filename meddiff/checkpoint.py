@@ -1,6 +1,7 @@
 """Model folders: JSON and safetensors only, written whole or not at all, and checked before any of it is used.
 
-    config.json                      {"format": "meddiff", "version": 1, "components": [...], "schedule": {...}}
+    config.json                      {"format": "meddiff", "version": 1, "components": [...], "schedule": {...},
+                                      "anatomies": {...}: what it was trained on, where that is not the released table}
     autoencoder/config.json          AutoencoderConfig
     autoencoder/model.safetensors    state dict of PatchVolumeAutoencoder
     denoiser/config.json             DenoiserConfig
@@ -27,7 +28,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from meddiff.config import AutoencoderConfig, DenoiserConfig, ModelConfig, ScheduleConfig
+from meddiff.config import (
+    ANATOMIES,
+    Anatomy,
+    AutoencoderConfig,
+    DenoiserConfig,
+    ModelConfig,
+    ScheduleConfig,
+    anatomies_from_dict,
+    anatomies_to_dict,
+)
 from meddiff.files import atomic_write, write_json
 from meddiff.models import BiFlowNet, PatchVolumeAutoencoder
 
@@ -38,6 +48,7 @@ COMPONENTS: dict[str, tuple[type[ComponentConfig], Callable[[Any], nn.Module]]] 
     "autoencoder": (AutoencoderConfig, PatchVolumeAutoencoder),
     "denoiser": (DenoiserConfig, BiFlowNet),
 }
+SHIPPED = {"demo": Path(__file__).parent / "demo"}
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _EXTRA_FILES = ("conversion.json",)
 _STORED_DTYPES = ("F32", "BF16", "F16")
@@ -63,27 +74,35 @@ class LoadedModel:
     autoencoder: PatchVolumeAutoencoder
     denoiser: BiFlowNet
     schedule: ScheduleConfig
+    anatomies: Mapping[str, Anatomy]
     path: Path
 
 
 def save_model(
-    folder: str | Path, autoencoder: PatchVolumeAutoencoder, denoiser: BiFlowNet, schedule: ScheduleConfig
+    folder: str | Path,
+    autoencoder: PatchVolumeAutoencoder,
+    denoiser: BiFlowNet,
+    schedule: ScheduleConfig,
+    anatomies: Mapping[str, Anatomy] = ANATOMIES,
 ) -> None:
     """Writes a model folder, or replaces one, in one step: on any failure what was there before is still there.
 
-    Weights keep their dtype. Raises CheckpointError for NaN or inf weights and where `folder` holds other things.
+    `anatomies` is what the denoiser was trained on: name → class and volumes. Weights keep their dtype. Raises
+    CheckpointError for NaN or inf weights and where `folder` holds other things.
     """
     models = {"autoencoder": autoencoder, "denoiser": denoiser}
-    write_model_folder(folder, {name: (m.config, m.state_dict()) for name, m in models.items()}, schedule)
+    states = {name: (module.config, module.state_dict()) for name, module in models.items()}
+    write_model_folder(folder, states, schedule, anatomies=anatomies)
 
 
 def load_model(
     folder_or_hub_id: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> LoadedModel:
-    """The model in a local folder, else in a Hugging Face repository `org/name[@revision]` (JSON and safetensors only).
+    """The model that ships under a name of SHIPPED, or in a local folder, or in a Hugging Face repository
+    `org/name[@revision]` (JSON and safetensors only).
 
     Args:
-        folder_or_hub_id: a folder is looked for first.
+        folder_or_hub_id: looked for in this order; "./demo" is a folder, "demo" the shipped model.
         device: where the weights go; None is the CPU.
         dtype: of the weights: torch.float32 (also None), torch.bfloat16, or torch.float16 on CUDA, else a TypeError.
             The codebook is float32 always.
@@ -96,8 +115,8 @@ def load_model(
     allowed = (torch.float32, torch.bfloat16) + ((torch.float16,) if device.type == "cuda" else ())
     if dtype not in allowed:
         raise TypeError(f"load_model: dtype on {device.type} must be one of {allowed}, got {dtype}")
-    folder = _locate(folder_or_hub_id)
-    schedule = _read_folder_config(folder)
+    folder = locate(folder_or_hub_id)
+    schedule, anatomies = _read_folder_config(folder)
     files = {name: folder / name / _CONFIG for name in COMPONENTS}
     configs = {name: _parse(COMPONENTS[name][0], _read_json(file), file) for name, file in files.items()}
     try:
@@ -105,7 +124,7 @@ def load_model(
     except ValueError as error:
         raise CheckpointError(f"{folder}: the components do not belong together: {error}") from None
     modules = {name: _load_component(folder / name, name, config, device, dtype) for name, config in configs.items()}
-    return LoadedModel(**modules, schedule=schedule, path=folder)
+    return LoadedModel(**modules, schedule=schedule, anatomies=anatomies, path=folder)
 
 
 def save_component(folder: str | Path, component: str, module: nn.Module) -> None:
@@ -259,12 +278,14 @@ def write_model_folder(
     models: Mapping[str, tuple[ComponentConfig, Mapping[str, Tensor]]],
     schedule: ScheduleConfig,
     extras: Mapping[str, Any] | None = None,
+    anatomies: Mapping[str, Anatomy] = ANATOMIES,
 ) -> None:
     """Writes a whole model folder beside its place, then moves it there.
 
     Args:
         models: component name → (configuration, state dict on any device).
         extras: name of a further JSON file → its content; only names that a model folder may hold.
+        anatomies: what the denoiser was trained on.
     """
     folder = Path(folder).expanduser().resolve()
     require_replaceable(folder)
@@ -275,6 +296,8 @@ def write_model_folder(
         for file, content in (extras or {}).items():
             write_json(staging / file, content)
         top = {"format": FORMAT, "version": VERSION, "components": list(models), "schedule": schedule.to_dict()}
+        if anatomies != ANATOMIES:
+            top["anatomies"] = anatomies_to_dict(anatomies)
         write_json(staging / _CONFIG, top)
         _move_into_place(staging, folder)
     finally:
@@ -304,7 +327,13 @@ def _move_into_place(staging: Path, folder: Path) -> None:
     shutil.rmtree(retired, ignore_errors=True)
 
 
-def _locate(source: str | Path) -> Path:
+def locate(source: str | Path) -> Path:
+    """The folder of a model: one that meddiff ships (SHIPPED), a local one, or the copy of a hub repository.
+
+    Raises CheckpointError where there is none.
+    """
+    if source in SHIPPED:
+        return SHIPPED[source]
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder
@@ -349,7 +378,7 @@ def _parse(config_class: type[Any], values: Any, file: Path) -> Any:
         raise CheckpointError(f"{file}: {error}") from None
 
 
-def _read_folder_config(folder: Path) -> ScheduleConfig:
+def _read_folder_config(folder: Path) -> tuple[ScheduleConfig, Mapping[str, Anatomy]]:
     file = folder / _CONFIG
     values = _read_json(file)
     if values.get("format") != FORMAT:
@@ -361,13 +390,17 @@ def _read_folder_config(folder: Path) -> ScheduleConfig:
         raise CheckpointError(f"{file}: version must be a positive integer, got {version!r}")
     if version > VERSION:
         raise CheckpointError(f"{file}: version {version} is newer than this meddiff, which knows {VERSION}; upgrade")
-    unknown = sorted(set(values) - {"format", "version", "components", "schedule"})
+    unknown = sorted(set(values) - {"format", "version", "components", "schedule", "anatomies"})
     if unknown:
         raise CheckpointError(f"{file}: unknown fields {unknown}")
     components = values.get("components")
     if not isinstance(components, list) or sorted(map(repr, components)) != sorted(map(repr, COMPONENTS)):
         raise CheckpointError(f"{file}: components must be {list(COMPONENTS)}, got {components!r}")
-    return _parse(ScheduleConfig, values.get("schedule"), file)
+    try:
+        anatomies = anatomies_from_dict(values["anatomies"]) if "anatomies" in values else ANATOMIES
+    except ValueError as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    return _parse(ScheduleConfig, values.get("schedule"), file), anatomies
 
 
 def _load_component(

@@ -1,4 +1,4 @@
-"""The command line: `meddiff generate | reconstruct | encode | decode | convert | train … | doctor`.
+"""The command line: `meddiff generate | reconstruct | encode | decode | convert | train … | evaluate | doctor`.
 
 Exit codes: 0 done, 1 failed (one line on standard error says why), 2 wrong arguments, 130 interrupted.
 """
@@ -35,7 +35,7 @@ def generate(
     out: str,
     model: str | None = None,
     untrained: str | None = None,
-    anatomy: str = "ct_chest_abdomen",
+    anatomy: str | None = None,
     size: PositiveInt | str | None = None,
     spacing: float | str | None = None,
     solver: Literal["ddim", "ddpm"] = "ddim",
@@ -50,11 +50,11 @@ def generate(
 
     Args:
         out: NIfTI file to write (.nii or .nii.gz); a .json beside it says how the volume came about.
-        model: Model folder, or "organisation/name" on the Hugging Face hub.
+        model: Model folder, or "organisation/name" on the Hugging Face hub; by default the small demo that ships.
         untrained: Preset with random weights instead of a model (8x, 4x, tiny): it generates noise, for trials.
-        anatomy: What to generate; see the list below.
-        size: Voxels along the file's axes, such as 512 or 256x256x128; by default the anatomy's first released size.
-        spacing: Voxel spacing in mm along the same axes, such as 1 or 0.7x0.7x1; by default the released one.
+        anatomy: What to generate, see the list below; by default the first that the model was trained for.
+        size: Voxels along the file's axes, such as 512 or 256x256x128; by default the first that it was trained for.
+        spacing: Voxel spacing in mm along the same axes, such as 1 or 0.7x0.7x1; by default the one of that size.
         solver: ddim (few steps) or ddpm (all 1000).
         steps: Denoising steps; by default 50 for ddim.
         eta: Fresh noise in DDIM, 0 to 1.
@@ -95,7 +95,7 @@ def reconstruct(
 
     Args:
         out: NIfTI file to write, with the same shape, orientation, affine and dtype.
-        model: Model folder, or "organisation/name" on the Hugging Face hub.
+        model: Model folder, or "organisation/name" on the Hugging Face hub; by default the small demo that ships.
         untrained: Preset with random weights instead of a model (8x, 4x, tiny): it gives noise, for trials.
         modality: CT (Hounsfield units) or MR; by default judged from the voxels.
         low: Intensity that maps to -1; by default -1000 for CT, the 0.5th percentile for MR. Goes with high.
@@ -128,7 +128,7 @@ def encode(
 
     Args:
         out: File to write (.safetensors): code indices, latent, and the volume's geometry and intensities.
-        model: Model folder, or "organisation/name" on the Hugging Face hub.
+        model: Model folder, or "organisation/name" on the Hugging Face hub; by default the small demo that ships.
         untrained: Preset with random weights instead of a model (8x, 4x, tiny), for trials.
         modality: CT (Hounsfield units) or MR; by default judged from the voxels.
         low: Intensity that maps to -1; by default -1000 for CT, the 0.5th percentile for MR. Goes with high.
@@ -267,6 +267,7 @@ _TRAININGS = {
     "latents": ("LatentOptions", "latents", "encode_latents"),
     "denoiser": ("DenoiserTraining", "denoiser", "train_denoiser"),
 }
+_EVALUATION = ("EvaluationOptions", "evaluation", "evaluate")
 
 
 def _add_training(commands) -> None:
@@ -279,12 +280,19 @@ def _add_training(commands) -> None:
     commands.add_subcommand("train", train, help=_TRAIN_SUMMARY)
     trainings = train.add_subcommands(required=True, dest="training")
     for name, (options, _, _) in _TRAININGS.items():
-        kind = getattr(importlib.import_module("meddiff.training.options"), options)
-        summary = kind.__doc__.splitlines()[0]
-        command = ArgumentParser(description=summary)
-        command.add_argument("--config", action="config", help="YAML file with any of the options.")
-        command.add_class_arguments(kind)
-        trainings.add_subcommand(name, command, help=summary)
+        _add_options(trainings, name, options)
+    example = "example:\n  meddiff evaluate --data scans --model DIR --out scores.json --generated samples"
+    _add_options(commands, "evaluate", _EVALUATION[0], example)
+
+
+def _add_options(commands, name: str, options: str, epilog: str | None = None) -> None:
+    """Add a command whose options are the fields of a class in meddiff.training.options."""
+    kind = getattr(importlib.import_module("meddiff.training.options"), options)
+    summary = kind.__doc__.splitlines()[0]
+    command = ArgumentParser(description=summary, epilog=epilog, formatter_class=_HelpFormatter)
+    command.add_argument("--config", action="config", help="YAML file with any of the options.")
+    command.add_class_arguments(kind)
+    commands.add_subcommand(name, command, help=summary)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -296,8 +304,12 @@ def main(arguments: list[str] | None = None) -> int:
         with warnings.catch_warnings():
             warnings.simplefilter("default")
             warnings.showwarning = _print_warning
-            if command == "train":
-                _train(parser.instantiate(parsed).train)
+            if command in ("train", "evaluate"):
+                chosen = parser.instantiate(parsed)[command]
+                if command == "train":
+                    _train(_TRAININGS[chosen.training], chosen[chosen.training])
+                else:
+                    _train(_EVALUATION, chosen)
             else:
                 options = dict(parsed[command])
                 options.pop("config", None)
@@ -314,16 +326,15 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _train(chosen: Namespace) -> None:
-    name = chosen.training
-    kind, module, function = _TRAININGS[name]
-    values = dict(chosen[name])
+def _train(command: tuple[str, str, str], chosen: Namespace) -> None:
+    kind, module, function = command
+    values = dict(chosen)
     values.pop("config", None)
     options = getattr(importlib.import_module("meddiff.training.options"), kind)(**values)
     try:
         train = getattr(importlib.import_module(f"meddiff.training.{module}"), function)
     except ModuleNotFoundError as error:
-        raise ImportError(f"training needs {error.name}: pip install 'meddiff[train]'") from error
+        raise ImportError(f"training and evaluation need {error.name}: pip install 'meddiff[train]'") from error
     print(f"wrote {train(options)}")
 
 
@@ -332,11 +343,11 @@ def _load(model: str | None, untrained: str | None, device: str | None, dtype: s
 
     from meddiff.pipelines import MedDiffusion
 
-    if (model is None) == (untrained is None):
+    if model is not None and untrained is not None:
         raise UsageError("give either --model DIR or --untrained PRESET (random weights)")
     precision = getattr(torch, dtype) if dtype else None
-    if model is not None:
-        return MedDiffusion.from_pretrained(model, device, precision)
+    if untrained is None:
+        return MedDiffusion.from_pretrained(model or "demo", device, precision)
     warnings.warn(f"--untrained {untrained}: random weights, so the result is noise", stacklevel=2)
     return MedDiffusion.untrained(untrained, device=device, dtype=precision)
 

@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 _Config = TypeVar("_Config", bound="_JsonConfig")
+
+Size = tuple[int, int, int]  # voxels
+Spacing = tuple[float, float, float]  # mm
 
 
 class _JsonConfig:
@@ -147,12 +151,88 @@ class ScheduleConfig(_JsonConfig):
 
 
 @dataclass(frozen=True)
+class Anatomy:
+    """One class, and the volumes that a model was trained on. File axes (X, Y, Z) are the tensor's (H, W, D)."""
+
+    class_index: int
+    title: str
+    modality: str  # "CT" (Hounsfield units) or "MR" (no unit)
+    volumes: tuple[tuple[Size, Spacing], ...]  # along X, Y, Z; the first is the default
+
+    def __post_init__(self) -> None:
+        for size, spacing in self.volumes:
+            _require(
+                len(size) == len(spacing) == 3
+                and all(type(n) is int and n > 0 for n in size)
+                and all(type(mm) in (int, float) and 0 < mm < math.inf for mm in spacing),
+                f"Anatomy: {self.title}: volumes must be three positive voxel counts and three positive mm, "
+                f"got {size!r}, {spacing!r}",
+            )
+        _require(len(self.volumes) > 0, f"Anatomy: {self.title}: needs at least one volume")
+
+    def sizes(self) -> tuple[Size, ...]:
+        """Volume sizes in voxels along the file's axes X, Y, Z."""
+        return tuple(size for size, _ in self.volumes)
+
+    def spacing(self, size: Size) -> Spacing:
+        """Voxel spacing in mm along X, Y, Z for a volume size along X, Y, Z: the trained one, else the default's."""
+        return dict(reversed(self.volumes)).get(tuple(size), self.volumes[0][1])
+
+
+def _released(*volumes: tuple[tuple[int, int, int], Spacing]) -> tuple[tuple[Size, Spacing], ...]:
+    """(latent size at 8x in D, H, W; mm along X, Y, Z) → (voxels along X, Y, Z; mm)."""
+    return tuple(((8 * h, 8 * w, 8 * d), spacing) for (d, h, w), spacing in volumes)
+
+
+# The classes, with the volumes of the released models
+ANATOMIES: dict[str, Anatomy] = {
+    "ct_head_neck": Anatomy(
+        0, "CT head and neck", "CT", _released(((32, 32, 32), (1, 1, 1)), ((16, 32, 32), (1, 1, 1)))
+    ),
+    "ct_chest_abdomen": Anatomy(
+        1, "CT chest and abdomen", "CT", _released(((32, 32, 32), (1.25, 1.25, 1.25)), ((64, 64, 64), (0.7, 0.7, 1)))
+    ),
+    "ct_legs": Anatomy(
+        2, "CT legs", "CT", _released(((32, 32, 32), (1.25, 1.25, 1.25)), ((64, 32, 32), (1.25, 1.25, 1.25)))
+    ),
+    "mr_t1_brain": Anatomy(3, "MR T1 brain", "MR", _released(((24, 24, 24), (1, 1, 1)))),
+    "mr_t2_brain": Anatomy(4, "MR T2 brain", "MR", _released(((24, 24, 24), (1, 1, 1)))),
+    "mr_abdomen": Anatomy(5, "MR abdomen", "MR", _released(((16, 32, 32), (1.2, 1.2, 2)))),
+    "mr_knee": Anatomy(6, "MR knee", "MR", _released(((8, 40, 40), (1, 1, 1)))),
+}
+
+
+def anatomies_from_dict(values: Any) -> dict[str, Anatomy]:
+    """What `anatomies_to_dict` gave, for a model's own anatomies; whatever is wrong is a ValueError that names it."""
+    _require(isinstance(values, dict) and len(values) > 0, f"anatomies: expected a JSON object, got {values!r:.100}")
+    unknown = sorted(set(values) - set(ANATOMIES))
+    _require(not unknown, f"anatomies: unknown names {unknown}; known are {', '.join(ANATOMIES)}")
+    found = {}
+    for name, volumes in values.items():
+        try:
+            pairs = tuple((tuple(volume["size"]), tuple(volume["spacing"])) for volume in volumes)
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"anatomies: {name}: expected a list of {{size, spacing}}: {error!r}") from None
+        found[name] = dataclasses.replace(ANATOMIES[name], volumes=pairs)
+    return found
+
+
+def anatomies_to_dict(anatomies: Mapping[str, Anatomy]) -> dict[str, Any]:
+    """Names and volumes as plain JSON types."""
+    return {
+        name: [{"size": list(size), "spacing": list(spacing)} for size, spacing in anatomy.volumes]
+        for name, anatomy in anatomies.items()
+    }
+
+
+@dataclass(frozen=True)
 class ModelConfig:
-    """A whole model: autoencoder, denoiser and noise schedule."""
+    """A whole model: autoencoder, denoiser, noise schedule, and what it was trained on."""
 
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    anatomies: Mapping[str, Anatomy] = field(default_factory=lambda: ANATOMIES)
 
     def __post_init__(self) -> None:
         _require(
@@ -168,36 +248,4 @@ PRESETS: dict[str, ModelConfig] = {
     "8x": ModelConfig(),
     "4x": ModelConfig(AutoencoderConfig(downsample=4), DenoiserConfig(token_patch=2)),
     "tiny": ModelConfig(_TINY_AUTOENCODER, DenoiserConfig(dim=24, dim_mults=(1, 1, 2, 4), attention_levels=1)),
-}
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """One class of the released models. File axes (X, Y, Z) are the tensor's (H, W, D)."""
-
-    class_index: int
-    title: str
-    modality: str  # "CT" (Hounsfield units) or "MR" (no unit)
-    # (latent size at 8x in D, H, W; voxel spacing in mm along X, Y, Z); the first entry is the default
-    released: tuple[tuple[tuple[int, int, int], tuple[float, float, float]], ...]
-
-    def sizes(self) -> tuple[tuple[int, int, int], ...]:
-        """Released volume sizes in voxels along the file's axes X, Y, Z."""
-        return tuple((8 * h, 8 * w, 8 * d) for (d, h, w), _ in self.released)
-
-    def spacing(self, size: tuple[int, int, int]) -> tuple[float, float, float]:
-        """Voxel spacing in mm along X, Y, Z for a volume size along X, Y, Z: the released one, else the default's."""
-        return next((mm for s, (_, mm) in zip(self.sizes(), self.released) if s == tuple(size)), self.released[0][1])
-
-
-ANATOMIES: dict[str, Anatomy] = {
-    "ct_head_neck": Anatomy(0, "CT head and neck", "CT", (((32, 32, 32), (1, 1, 1)), ((16, 32, 32), (1, 1, 1)))),
-    "ct_chest_abdomen": Anatomy(
-        1, "CT chest and abdomen", "CT", (((32, 32, 32), (1.25, 1.25, 1.25)), ((64, 64, 64), (0.7, 0.7, 1)))
-    ),
-    "ct_legs": Anatomy(2, "CT legs", "CT", (((32, 32, 32), (1.25, 1.25, 1.25)), ((64, 32, 32), (1.25, 1.25, 1.25)))),
-    "mr_t1_brain": Anatomy(3, "MR T1 brain", "MR", (((24, 24, 24), (1, 1, 1)),)),
-    "mr_t2_brain": Anatomy(4, "MR T2 brain", "MR", (((24, 24, 24), (1, 1, 1)),)),
-    "mr_abdomen": Anatomy(5, "MR abdomen", "MR", (((16, 32, 32), (1.2, 1.2, 2)),)),
-    "mr_knee": Anatomy(6, "MR knee", "MR", (((8, 40, 40), (1, 1, 1)),)),
 }

@@ -13,7 +13,7 @@ import pytest
 import meddiff
 from meddiff.cli import main
 
-COMMANDS = ("generate", "reconstruct", "encode", "decode", "convert", "doctor")
+COMMANDS = ("generate", "reconstruct", "encode", "decode", "convert", "evaluate", "doctor")
 
 
 def meddiff_command(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -81,7 +81,6 @@ def test_options_from_a_file_and_over_it(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("generate --out a.nii", "--model DIR or --untrained"),
         ("generate --out a.nii --untrained tiny --model DIR", "either"),
         ("generate --out a.png --untrained tiny", ".nii or .nii.gz"),
         ("generate --out nowhere/a.nii --untrained tiny", "no folder nowhere"),

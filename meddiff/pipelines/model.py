@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from meddiff.checkpoint import fingerprint, load_model, save_model
-from meddiff.config import ANATOMIES, PRESETS, ModelConfig
+from meddiff.config import ANATOMIES, PRESETS, Anatomy, ModelConfig
 from meddiff.models import BiFlowNet, PatchVolumeAutoencoder
 from meddiff.pipelines.latents import EncodedVolume
 from meddiff.resources import StageMeter, default_device, default_dtype
@@ -43,8 +43,9 @@ class MedDiffusion:
         schedule: NoiseSchedule,
         source: str,
         trained: bool,
+        anatomies: Mapping[str, Anatomy] = ANATOMIES,
     ) -> None:
-        self.config = ModelConfig(autoencoder.config, denoiser.config, schedule.config)
+        self.config = ModelConfig(autoencoder.config, denoiser.config, schedule.config, anatomies)
         self.autoencoder = autoencoder.eval()
         self.denoiser = denoiser.eval()
         self.schedule = schedule
@@ -69,7 +70,7 @@ class MedDiffusion:
         device, dtype = _placement(device, dtype)
         loaded = load_model(source, device, dtype)
         schedule = NoiseSchedule(loaded.schedule).to(device)
-        return cls(loaded.autoencoder, loaded.denoiser, schedule, str(loaded.path), trained=True)
+        return cls(loaded.autoencoder, loaded.denoiser, schedule, str(loaded.path), True, loaded.anatomies)
 
     @classmethod
     def untrained(
@@ -96,7 +97,7 @@ class MedDiffusion:
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the model folder that `from_pretrained` reads; weights keep their present dtype."""
-        save_model(folder, self.autoencoder, self.denoiser, self.config.schedule)
+        save_model(folder, self.autoencoder, self.denoiser, self.config.schedule, self.config.anatomies)
 
     @property
     def device(self) -> torch.device:
@@ -153,7 +154,7 @@ class MedDiffusion:
 
     def generate(
         self,
-        anatomy: str = "ct_chest_abdomen",
+        anatomy: str | None = None,
         size: Sequence[int] | None = None,
         *,
         spacing: Sequence[float] | None = None,
@@ -165,10 +166,10 @@ class MedDiffusion:
         """Generate one volume.
 
         Args:
-            anatomy: a name of `meddiff.config.ANATOMIES`.
-            size: voxels along the file's axes X, Y, Z, multiples of `size_unit`; None is the anatomy's first released
-                size. A size that was not released works, with a warning.
-            spacing: mm along X, Y, Z; None is the released one of that size.
+            anatomy: a name of `config.anatomies`; None is the first.
+            size: voxels along the file's axes X, Y, Z, multiples of `size_unit`; None is the anatomy's first size.
+                A size for which the model was not trained works, with a warning.
+            spacing: mm along X, Y, Z; None is the one of that size.
             solver, steps, eta, seed: as for `sample`.
 
         Returns:
@@ -179,9 +180,11 @@ class MedDiffusion:
             ValueError: for an unknown anatomy, or a size or spacing that does not fit.
             MemoryError: if decoding needs more memory than is free.
         """
-        if anatomy not in ANATOMIES:
-            raise ValueError(f"generate: unknown anatomy {anatomy!r}; known are {', '.join(ANATOMIES)}")
-        kind = ANATOMIES[anatomy]
+        anatomies = self.config.anatomies
+        anatomy = next(iter(anatomies)) if anatomy is None else anatomy
+        if anatomy not in anatomies:
+            raise ValueError(f"generate: unknown anatomy {anatomy!r}; this model knows {', '.join(anatomies)}")
+        kind = anatomies[anatomy]
         if kind.class_index >= self.config.denoiser.num_classes:
             raise ValueError(f"generate: this model has no class {kind.class_index} ({anatomy})")
         size = tuple(size) if size is not None else kind.sizes()[0]
@@ -191,7 +194,7 @@ class MedDiffusion:
             raise ValueError(f"generate: spacing must be three positive mm (X, Y, Z), got {spacing}")
         if size not in kind.sizes():
             warnings.warn(
-                f"generate: {anatomy} was released for sizes {', '.join(map(str, kind.sizes()))}, not {size}; "
+                f"generate: {anatomy} was trained at sizes {', '.join(map(str, kind.sizes()))}, not {size}; "
                 "quality at other sizes is not known",
                 stacklevel=2,
             )

@@ -136,6 +136,7 @@ class LoadVolumed(MapTransform):
             volume = Volume.load(data[key], data["modality"], window)
             values = volume.intensity.normalize(torch.from_numpy(volume.data.copy()))
             loaded[key] = MetaTensor(values[None], affine=torch.from_numpy(volume.affine))
+            loaded["mm"] = volume.spacing
         return loaded
 
 
@@ -143,6 +144,8 @@ def preparation(spacing: Sequence[float] | None) -> Compose:
     """What is done once per file and kept: load, orient, scale to [-1, 1], resample, turn the axes to [1, D, H, W].
 
     spacing: mm along X, Y, Z; None keeps each file's.
+
+    Gives the volume under "image", and the spacing of the file under "mm".
     """
     resample = [Spacingd("image", pixdim=tuple(spacing), mode="bilinear", padding_mode="border")] if spacing else []
     return Compose(
@@ -151,7 +154,7 @@ def preparation(spacing: Sequence[float] | None) -> Compose:
             *resample,
             Transposed("image", (0, 3, 1, 2)),  # the axis rule: file axes (X, Y, Z) are the tensor's (H, W, D)
             EnsureTyped("image", dtype=torch.float32, track_meta=False),
-            SelectItemsd("image"),
+            SelectItemsd(("image", "mm")),
         ]
     )
 

@@ -78,7 +78,9 @@ def train_denoiser(options: DenoiserTraining) -> Path:
 
     trained = run.folder / "model"
     if accelerator.is_main_process:
-        save_model(trained, autoencoder, average.network, schedule.config)
+        anatomies = data.anatomies(autoencoder.config.downsample)
+        networks = [network.to(getattr(torch, options.weights)) for network in (autoencoder, average.network)]
+        save_model(trained, *networks, schedule.config, anatomies)
     accelerator.wait_for_everyone()
     return trained
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,14 +18,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from meddiff.checkpoint import fingerprint, load_component
-from meddiff.config import ANATOMIES
+from meddiff.config import ANATOMIES, Anatomy, Spacing
 from meddiff.files import atomic_write
 from meddiff.progress import progress
 from meddiff.resources import default_dtype
 from meddiff.training.data import leave_out, list_volumes, preparation
 from meddiff.training.options import LatentOptions
 
-_FORMAT = "meddiff-training-latent-1"
+_FORMAT = "meddiff-training-latent-2"
 _SUB_VOLUME = 8  # latent elements along each axis, of which the denoiser takes multiples
 
 
@@ -71,6 +73,7 @@ def encode_latents(options: LatentOptions) -> Path:
             continue
         with torch.inference_mode():
             latent = scale.scale(autoencoder.encode(x["image"][None]))[0]
+        description["spacing"] = json.dumps([round(mm, 4) for mm in options.spacing or x["mm"]])
         with atomic_write(target) as temporary:
             save_file({"latent": latent.cpu().contiguous()}, temporary, description)
     state.wait_for_everyone()
@@ -80,7 +83,12 @@ def encode_latents(options: LatentOptions) -> Path:
 @dataclass(frozen=True)
 class Latent:
     values: Tensor  # float32 [C, d, h, w], in the denoiser's range
-    class_index: int
+    anatomy: str  # a name of ANATOMIES
+    spacing: Spacing  # of the volume
+
+    @property
+    def class_index(self) -> int:
+        return ANATOMIES[self.anatomy].class_index
 
 
 class LatentDataset(Dataset):
@@ -107,12 +115,26 @@ class LatentDataset(Dataset):
                 raise ValueError(
                     f"LatentDataset: {file}: must be finite [{channels}, d, h, w], got {tuple(values.shape)}"
                 )
-            self.latents.append(Latent(values, ANATOMIES[description["anatomy"]].class_index))
+            self.latents.append(Latent(values, description["anatomy"], tuple(json.loads(description["spacing"]))))
 
     @property
     def sizes(self) -> list[tuple[int, ...]]:
         """(d, h, w) of each latent: the buckets of multi-resolution training."""
         return [tuple(latent.values.shape[1:]) for latent in self.latents]
+
+    def anatomies(self, downsample: int) -> dict[str, Anatomy]:
+        """What a denoiser learns from them: each class with its volumes, the most frequent first.
+
+        downsample: voxels per latent element along each axis.
+        """
+        counts: dict[str, Counter] = {}
+        for (d, h, w), latent in zip(self.sizes, self.latents):
+            size = (downsample * h, downsample * w, downsample * d)
+            counts.setdefault(latent.anatomy, Counter())[size, latent.spacing] += 1
+        return {
+            name: replace(ANATOMIES[name], volumes=tuple(volume for volume, _ in counts[name].most_common()))
+            for name in sorted(counts, key=lambda name: ANATOMIES[name].class_index)
+        }
 
     def __len__(self) -> int:
         return len(self.latents)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from meddiff.config import AutoencoderConfig, DenoiserConfig
@@ -13,19 +14,20 @@ from meddiff.config import AutoencoderConfig, DenoiserConfig
 class RunOptions:
     """What every training run needs.
 
-    out: Folder of the run; a run that stopped goes on from its last checkpoint.
-    steps: Optimiser steps in all.
-    batch_size: Samples per step and process.
-    learning_rate: Of Adam.
-    final_learning_rate: Where a cosine decay over all steps ends; by default the rate is constant.
-    seed: The same seed gives the same run on the same machine.
-    mixed_precision: no, bf16 or fp16.
-    gradient_clip: Largest norm of the gradient; by default no limit.
-    save_every: Steps between checkpoints.
-    keep: Checkpoints that are kept.
-    log_every: Steps between lines of stats.jsonl.
-    preview_every: Steps between previews; by default none.
-    workers: Processes that load data, for each training process.
+    Args:
+        out: Folder of the run; a run that stopped goes on from its last checkpoint.
+        steps: Optimiser steps in all.
+        batch_size: Samples per step and process.
+        learning_rate: Of Adam.
+        final_learning_rate: Where a cosine decay over all steps ends; by default the rate is constant.
+        seed: The same seed gives the same run on the same machine.
+        mixed_precision: no, bf16 or fp16.
+        gradient_clip: Largest norm of the gradient; by default no limit.
+        save_every: Steps between checkpoints.
+        keep: Checkpoints that are kept.
+        log_every: Steps between lines of stats.jsonl.
+        preview_every: Steps between previews; by default none.
+        workers: Processes that load data, for each training process.
     """
 
     out: str
@@ -66,24 +68,25 @@ class RunOptions:
 class AutoencoderTraining(RunOptions):
     """Train the autoencoder: stage 1 on patches, stage 2 on whole volumes.
 
-    data: Folder of NIfTI files, or a .csv or .json list with `file` and perhaps modality, low and high.
-    stage: 1 (patches, all weights) or 2 (whole volumes, decoder only).
-    initial: Autoencoder folder to begin with; stage 2 needs the one that stage 1 wrote.
-    model: Of a new autoencoder; not used with initial.
-    spacing: mm along X, Y, Z to which volumes are resampled; by default they stay as they are.
-    patches_per_volume: Random patches of each volume drawn (stage 1).
-    turns: Whether patches are flipped and turned by 90° at random (stage 1).
-    volume_size: Voxels along X, Y, Z to which whole volumes are cropped or padded, multiples of the patch (stage 2); by
-        default they keep their size, padded to multiples of the patch, and a batch holds volumes of one size.
-    on_bad: Whether a file that cannot be used is fatal, or named and skipped.
-    cache: Folder for prepared volumes; by default in out.
-    l1_weight: Weight of the voxels' L1 distance.
-    perceptual: Perceptual loss: none, lpips or medicalnet.
-    perceptual_weights: File with the weights of its network; by default they are downloaded.
-    perceptual_weight: Weight of the perceptual loss.
-    discriminator_start: Step at which the discriminator starts; by default there is none.
-    adversarial_weight: Weight of the adversarial loss.
-    feature_weight: Weight of the discriminator's feature matching.
+    Args:
+        data: Folder of NIfTI files, or a .csv or .json list with `file` and perhaps modality, low and high.
+        stage: 1 (patches, all weights) or 2 (whole volumes, decoder only).
+        initial: Autoencoder folder to begin with; stage 2 needs the one that stage 1 wrote.
+        model: Of a new autoencoder; not used with initial.
+        spacing: mm along X, Y, Z to which volumes are resampled; by default they stay as they are.
+        patches_per_volume: Random patches of each volume drawn (stage 1).
+        turns: Whether patches are flipped and turned by 90° at random (stage 1).
+        volume_size: Voxels along X, Y, Z, multiples of the patch, to which whole volumes are cropped or padded (stage
+            2); by default they keep their size, padded to multiples of the patch, and a batch holds those of one size.
+        on_bad: Whether a file that cannot be used is fatal, or named and skipped.
+        cache: Folder for prepared volumes; by default in out.
+        l1_weight: Weight of the voxels' L1 distance.
+        perceptual: Perceptual loss: none, lpips or medicalnet.
+        perceptual_weights: File with the weights of its network; by default they are downloaded.
+        perceptual_weight: Weight of the perceptual loss.
+        discriminator_start: Step at which the discriminator starts; by default there is none.
+        adversarial_weight: Weight of the adversarial loss.
+        feature_weight: Weight of the discriminator's feature matching.
     """
 
     data: str
@@ -114,12 +117,14 @@ class AutoencoderTraining(RunOptions):
 class PopulationOptions:
     """Make a population of brains out of the MNI152 template: random deformations, bias fields and contrasts.
 
-    out: Folder for the volumes and their list, volumes.csv.
-    subjects: Number of brains; each gives one volume per anatomy.
-    sizes: Voxels along X, Y, Z of the resolutions; subjects take them in turn.
-    spacings: mm along X, Y, Z, one for each of the sizes.
-    seed: A subject depends on this and on its number alone.
-    displacement: Typical displacement of the deformation in mm.
+    Args:
+        out: Folder for the volumes and their list, volumes.csv.
+        subjects: Number of brains; each gives one volume per anatomy.
+        sizes: Voxels along X, Y, Z of the resolutions; subjects take them in turn.
+        spacings: mm along X, Y, Z, one for each of the sizes.
+        seed: A subject depends on this and on its number alone.
+        displacement: Typical displacement of the deformation in mm.
+        template: Whether the list begins with the template itself, not deformed, at each of the sizes.
     """
 
     out: str
@@ -128,6 +133,7 @@ class PopulationOptions:
     spacings: list[tuple[float, float, float]]
     seed: int = 0
     displacement: float = 2.5
+    template: bool = False
 
     def __post_init__(self) -> None:
         if self.subjects < 1 or not self.sizes or len(self.sizes) != len(self.spacings):
@@ -135,15 +141,49 @@ class PopulationOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EvaluationOptions:
+    """Measure a model: PSNR, SSIM, MS-SSIM and seams of reconstructions, FID and MMD of generated volumes.
+
+    Args:
+        out: JSON file to write.
+        data: Folder of NIfTI files, or a .csv or .json list with `file` and perhaps modality, low and high.
+        model: Model folder, folder of an autoencoder, hub repository, or demo.
+        spacing: mm along X, Y, Z to which volumes are resampled; by default they stay as they are.
+        disjoint: Whether every patch is decoded by itself, too, to compare.
+        generated: Folder or list of generated volumes, for FID and MMD against data.
+        features: What FID and MMD compare: means and deviations of the autoencoder's latents, or MedicalNet's features.
+        features_weights: File with the weights of MedicalNet's ResNet-10.
+        on_bad: Whether a file that cannot be used is fatal, or named and skipped.
+    """
+
+    out: str
+    data: str
+    model: str = "demo"
+    spacing: tuple[float, float, float] | None = None
+    disjoint: bool = False
+    generated: str | None = None
+    features: Literal["autoencoder", "medicalnet"] = "autoencoder"
+    features_weights: str | None = None
+    on_bad: Literal["fail", "skip"] = "fail"
+
+    def __post_init__(self) -> None:
+        if not Path(self.out).absolute().parent.is_dir():
+            raise ValueError(
+                f"EvaluationOptions: {self.out}: there is no folder {Path(self.out).parent}; make it first"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class LatentOptions:
     """Encode volumes into the latents on which the denoiser is trained.
 
-    out: Folder for the latents; those that are there already stay.
-    data: Folder of NIfTI files, or a .csv or .json list with `file`, `anatomy` and perhaps modality, low and high.
-    autoencoder: Folder of a trained autoencoder.
-    anatomy: Of volumes whose list names none.
-    spacing: mm along X, Y, Z to which volumes are resampled; by default they stay as they are.
-    on_bad: Whether a file that cannot be used is fatal, or named and skipped.
+    Args:
+        out: Folder for the latents; those that are there already stay.
+        data: Folder of NIfTI files, or a .csv or .json list with `file`, `anatomy` and perhaps modality, low and high.
+        autoencoder: Folder of a trained autoencoder.
+        anatomy: Of volumes whose list names none.
+        spacing: mm along X, Y, Z to which volumes are resampled; by default they stay as they are.
+        on_bad: Whether a file that cannot be used is fatal, or named and skipped.
     """
 
     out: str
@@ -158,13 +198,15 @@ class LatentOptions:
 class DenoiserTraining(RunOptions):
     """Train the denoiser on latents, of one size or several.
 
-    data: Folder that `meddiff train latents` wrote.
-    autoencoder: Folder of the autoencoder that encoded them; it becomes part of the model.
-    model: Of the denoiser.
-    ema_decay: Share of the old moving average in the new one.
-    ema_every: Steps between updates of the moving average.
-    ema_start: Steps during which it is a plain copy.
-    preview_steps: Denoising steps of previews.
+    Args:
+        data: Folder that `meddiff train latents` wrote.
+        autoencoder: Folder of the autoencoder that encoded them; it becomes part of the model.
+        model: Of the denoiser.
+        ema_decay: Share of the old moving average in the new one.
+        ema_every: Steps between updates of the moving average.
+        ema_start: Steps during which it is a plain copy.
+        preview_steps: Denoising steps of previews.
+        weights: Of the model that is written in the end; 16 bits halve the file.
     """
 
     data: str
@@ -174,3 +216,4 @@ class DenoiserTraining(RunOptions):
     ema_every: int = 10
     ema_start: int = 2000
     preview_steps: int = 20
+    weights: Literal["float32", "float16", "bfloat16"] = "float32"

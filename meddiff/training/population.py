@@ -40,6 +40,12 @@ def make_population(options: PopulationOptions) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     templates = [_template(size, mm) for size, mm in zip(options.sizes, options.spacings)]
     rows = []
+    if options.template:
+        for i, (size, spacing) in enumerate(zip(options.sizes, options.spacings)):
+            names = [f"template_{i}_{anatomy}.nii.gz" for anatomy in _ANATOMIES]
+            for name, volume in zip(names, undeformed(size, spacing)):
+                volume.save(folder / name)
+            rows += _rows(names)
     for subject in progress("population")(range(options.subjects)):
         which = subject % len(templates)
         names = [f"{subject:04d}_{anatomy}.nii.gz" for anatomy in _ANATOMIES]
@@ -48,7 +54,7 @@ def make_population(options: PopulationOptions) -> Path:
             images = _subject(maps, options.spacings[which], options.displacement, draw_seed(options.seed, subject))
             for name, image in zip(names, images):
                 Volume(_INTENSITY.high * image, affine, _INTENSITY).save(folder / name)
-        rows += [{"file": n, "anatomy": a, "modality": "MR", "low": 0, "high": 1000} for n, a in zip(names, _ANATOMIES)]
+        rows += _rows(names)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
@@ -56,6 +62,11 @@ def make_population(options: PopulationOptions) -> Path:
     with atomic_write(folder / "volumes.csv") as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
     return folder / "volumes.csv"
+
+
+def _rows(names: list[str]) -> list[dict[str, object]]:
+    scale = {"modality": _INTENSITY.modality, "low": _INTENSITY.low, "high": _INTENSITY.high}
+    return [{"file": name, "anatomy": anatomy} | scale for name, anatomy in zip(names, _ANATOMIES)]
 
 
 def undeformed(size: tuple[int, int, int], spacing: tuple[float, float, float]) -> list[Volume]:

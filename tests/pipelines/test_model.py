@@ -163,7 +163,7 @@ def test_untrained_weights_depend_on_the_seed_alone():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ({"anatomy": "hand"}, "unknown anatomy 'hand'; known are ct_head_neck"),
+        ({"anatomy": "hand"}, "unknown anatomy 'hand'; this model knows ct_head_neck"),
         ({"size": (64, 64, 100)}, r"multiples of 64 voxels .* nearest is \(64, 64, 128\)"),
         ({"size": (64, 64)}, "three multiples"),
         ({"size": (64, 64, 64), "spacing": (1, 1, 0)}, "positive"),

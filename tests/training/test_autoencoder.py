@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import nibabel as nib
 import pytest
 import torch
 from accelerate.state import AcceleratorState
@@ -98,9 +99,38 @@ def test_stage_2_trains_decoder_and_post_vq_conv_alone(options, tmp_path):
 def test_stage_2_without_a_trained_codebook_is_refused(options, tmp_path, tiny_autoencoder_config):
     with pytest.raises(ValueError, match="stage 2 needs initial"):
         replace(options, stage=2)
+    with pytest.raises(ValueError, match="final_learning_rate must lie in"):
+        replace(options, final_learning_rate=1.0)
     save_component(tmp_path / "fresh", "autoencoder", PatchVolumeAutoencoder(tiny_autoencoder_config))
     with pytest.raises(ValueError, match="codebook was never trained"):
         train_autoencoder(replace(options, stage=2, initial=str(tmp_path / "fresh"), volume_size=(16, 16, 16)))
+
+
+def test_stage_2_takes_volumes_of_several_sizes(options, volumes, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(4):
+        image = nib.load(volumes / f"{i}.nii.gz")
+        nib.save(image.slicer[:, :, :16] if i % 2 else image, data / f"{i}.nii.gz")
+    first = train_autoencoder(replace(options, steps=1))
+    AcceleratorState._reset_state(True)
+    second = replace(options, out=str(tmp_path / "stage2"), data=str(data), stage=2, initial=str(first), steps=4)
+    train_autoencoder(second)
+    assert len(statistics(second.out)) == 4
+
+
+def test_the_learning_rate_falls_along_a_cosine(options, monkeypatch):
+    rates = []
+    adam = torch.optim.Adam.step
+
+    def spy(self, *args, **kwargs):
+        rates.append(self.param_groups[0]["lr"])
+        return adam(self, *args, **kwargs)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", spy)
+    options = replace(options, steps=4, learning_rate=1e-3, final_learning_rate=2e-4)
+    train_autoencoder(options)
+    assert rates == pytest.approx([1e-3, 2e-4 + 8e-4 * (2 + 2**0.5) / 4, 6e-4, 2e-4 + 8e-4 * (2 - 2**0.5) / 4])
 
 
 def test_divergence_is_an_error_that_names_the_step(options):

@@ -67,6 +67,23 @@ def test_whole_volumes_are_those_of_inference(volumes, tmp_path):
     assert got[:, :, :2].eq(-1).all() and got[..., :6].eq(-1).all()
 
 
+def test_whole_volumes_of_any_size_are_padded_to_the_patch(volumes, tmp_path):
+    data = VolumeDataset(list_volumes(volumes), tmp_path, volume_draw(None, 16))
+    assert data.shapes == [(28, 24, 20)] * 4 and data[0, 0].shape == (1, 1, 32, 32, 32)
+    assert torch.equal(data[2, 0][:, :, 2:30, 4:28, 6:26], Volume.load(volumes / "2.nii.gz").to_tensor())
+
+
+def test_patches_are_turned_only_where_that_is_asked_for(tmp_path):
+    ramp = np.arange(16**3, dtype=np.float32).reshape(16, 16, 16)
+    nib.save(nib.Nifti1Image(ramp, np.eye(4)), tmp_path / "a.nii")
+    listed = list_volumes(tmp_path)
+    straight, turned = (VolumeDataset(listed, tmp_path / "cache", patch_draw(16, 1, turns)) for turns in (False, True))
+    whole = straight.prepared[0]["image"]
+    assert all(torch.equal(straight[0, seed][0], whole) for seed in range(5))
+    assert not all(torch.equal(turned[0, seed][0], whole) for seed in range(5))
+    assert type(straight[0, 0]) is torch.Tensor  # no MetaTensor, whose every operation passes through Python
+
+
 def test_resampling_halves_the_voxels(volumes, tmp_path):
     data = VolumeDataset(list_volumes(volumes), tmp_path, volume_draw((16, 16, 16), 16), spacing=(2, 2, 2))
     assert data.prepared[0]["image"].shape == (1, 14, 12, 10)

@@ -172,9 +172,24 @@ def test_it_learns_and_leaves_a_model_that_generates(options):
     losses = [line["loss"] for line in statistics(options.out)]
     assert sum(losses[-6:]) < 0.9 * sum(losses[:6])
     assert [path.name for path in (Path(options.out) / "previews").iterdir()] == ["step-00000030.png"]
-    with pytest.warns(UserWarning, match="was released for sizes"):
-        volume = MedDiffusion.from_pretrained(folder).generate("mr_t1_brain", (64, 64, 64), steps=2)
-    assert volume.shape == (64, 64, 64)
+    with pytest.warns(UserWarning, match="was trained at sizes"):
+        volume = MedDiffusion.from_pretrained(folder).generate("mr_t2_brain", (128, 64, 64), steps=2)
+    assert volume.shape == (128, 64, 64)
+
+
+def test_the_model_knows_what_it_was_trained_on_and_takes_the_precision_asked_for(options):
+    folder = train_denoiser(replace(options, steps=1, weights="float16"))
+    assert {t.dtype for t in load_file(folder / "denoiser" / "model.safetensors").values()} == {torch.float16}
+    assert load_file(folder / "autoencoder" / "model.safetensors")["codebook.embeddings"].dtype == torch.float32
+    model = MedDiffusion.from_pretrained(folder)
+    assert {name: anatomy.volumes for name, anatomy in model.config.anatomies.items()} == {
+        "mr_t1_brain": (((64, 64, 128), (1, 1, 1)), ((64, 64, 64), (1, 1, 1))),
+        "mr_t2_brain": (((64, 64, 128), (1, 1, 1)), ((64, 64, 64), (1, 1, 1))),
+    }
+    volume = model.generate(steps=1)  # no warning: the default is what it was trained on
+    assert volume.record["anatomy"] == "mr_t1_brain" and volume.shape == (64, 64, 128)
+    with pytest.raises(ValueError, match="this model knows mr_t1_brain, mr_t2_brain"):
+        model.generate("mr_knee")
 
 
 def test_classes_beyond_the_denoisers_are_refused(options):

@@ -51,6 +51,17 @@ def test_the_seed_decides_and_finished_volumes_stay(options, tmp_path):
     assert [Volume.load(file, "MR", (0, 1000)).source.path.stat().st_mtime_ns for file in first] == stamps
 
 
+def test_the_template_can_lead_the_list(options):
+    listed = list_volumes(make_population(replace(options, subjects=1, template=True)))
+    assert [v.file.rsplit("/", 1)[1].split("_mr")[0] for v in listed] == ["template_0"] * 2 + ["template_1"] * 2 + [
+        "0000"
+    ] * 2
+    for i, wanted in enumerate(undeformed(SIZE, SPACING) + undeformed((32, 32, 32), (6.0, 6.0, 6.0))):
+        found = Volume.load(listed[i].file, "MR", (0, 1000))
+        np.testing.assert_allclose(found.data, wanted.data, atol=0.05)
+        np.testing.assert_allclose(found.affine, wanted.affine)
+
+
 def test_sizes_and_spacings_must_match(options):
     with pytest.raises(ValueError, match="one spacing for each size"):
         replace(options, spacings=[SPACING])
