@@ -41,7 +41,6 @@ class LatentScale:
 
 _DECAY = 0.99  # of the moving averages
 _LAPLACE = 1e-7  # keeps the weight of an unused code from vanishing
-_LEAST_USE = 1.0  # a code whose moving average of use is below this is replaced
 _SPREAD = 0.01  # standard deviation, over √C, of the noise on initial codes that repeat
 
 
@@ -111,14 +110,15 @@ class Codebook(nn.Module):
         self.N.fill_(1)
 
     @torch.no_grad()
-    def update(self, z: Tensor, indices: Tensor) -> Tensor:
+    def update(self, z: Tensor, indices: Tensor, least_use: float = 1.0) -> Tensor:
         """One step of the moving averages, over all processes of torch.distributed.
 
-        A code whose average use has fallen below one is replaced by a random latent of the batch.
+        A code whose average use has fallen below `least_use` is replaced by a random latent of the batch.
 
         Args:
             z: latents [B, C, D, H, W], before quantisation.
             indices: their nearest codes, int64 [B, D, H, W].
+            least_use: uses per step.
 
         Returns:
             The perplexity of the batch's code usage, a scalar from 1 (one code) to K (all alike).
@@ -137,7 +137,7 @@ class Codebook(nn.Module):
         total = self.N.sum()
         weights = (self.N + _LAPLACE) / (total + n_codes * _LAPLACE) * total
         picks = _from_first_process(tokens[torch.randint(len(tokens), (n_codes,), device=z.device)])
-        codes = torch.where(self.N[:, None] < _LEAST_USE, picks, self.z_avg / weights[:, None])
+        codes = torch.where(self.N[:, None] < least_use, picks, self.z_avg / weights[:, None])
         self.embeddings.copy_(codes)
 
         share = counts / counts.sum()

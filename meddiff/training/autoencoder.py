@@ -134,7 +134,7 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
             optimizer.step()
             optimizer.zero_grad()
             if options.stage == 1:
-                losses["perplexity"] = codebook.update(z.detach(), indices)
+                losses["perplexity"] = codebook.update(z.detach(), indices, options.least_use)
             losses["psnr"] = -10 * torch.log10((y - x).detach().square().mean() / 4)
             run.log(step, loss=loss, **losses)
             if preview := run.preview(step):

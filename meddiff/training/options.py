@@ -80,6 +80,8 @@ class AutoencoderTraining(RunOptions):
             2); by default they keep their size, padded to multiples of the patch, and a batch holds those of one size.
         on_bad: Whether a file that cannot be used is fatal, or named and skipped.
         cache: Folder for prepared volumes; by default in out.
+        least_use: Uses per step below which a code is replaced (moving average); where a step has few latents for each
+            code, one that is low enough for codes to last.
         l1_weight: Weight of the voxels' L1 distance.
         perceptual: Perceptual loss: none, lpips or medicalnet.
         perceptual_weights: File with the weights of its network; by default they are downloaded.
@@ -99,6 +101,7 @@ class AutoencoderTraining(RunOptions):
     volume_size: tuple[int, int, int] | None = None
     on_bad: Literal["fail", "skip"] = "fail"
     cache: str | None = None
+    least_use: float = 1.0
     l1_weight: float = 4.0
     perceptual: Literal["none", "lpips", "medicalnet"] = "none"
     perceptual_weights: str | None = None
