@@ -92,10 +92,13 @@ class Codebook(nn.Module):
         return indices, self.lookup(indices)
 
     @torch.no_grad()
-    def initialise(self, z: Tensor) -> None:
+    def initialise(self, z: Tensor, least_use: float = 1.0) -> None:
         """Take randomly chosen latents as codes; where there are too few, they repeat with a little noise.
 
-        z: [B, C, D, H, W], the encoder's outputs of the first training batch. With torch.distributed every process
+        z: [B, C, D, H, W], the encoder's outputs of the first training batch.
+        least_use: as for `update`, which replaces at once the codes that are not used.
+
+        With torch.distributed every process
         gets the codes of the first one, chosen from its own outputs.
         """
         tokens = z.float().movedim(1, -1).flatten(0, -2)
@@ -106,8 +109,8 @@ class Codebook(nn.Module):
             tokens += torch.randn_like(tokens) * (_SPREAD / math.sqrt(channels))
         codes = _from_first_process(tokens[torch.randperm(tokens.shape[0], device=z.device)[:n_codes]])
         self.embeddings.copy_(codes)
-        self.z_avg.copy_(codes)
-        self.N.fill_(1)
+        self.z_avg.copy_(codes * least_use)
+        self.N.fill_(least_use)
 
     @torch.no_grad()
     def update(self, z: Tensor, indices: Tensor, least_use: float = 1.0) -> Tensor:

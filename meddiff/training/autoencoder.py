@@ -35,10 +35,11 @@ _BETAS = (0.5, 0.9)
 class _Reconstruction(nn.Module):
     """One forward pass of a stage, as one module, so that DDP and FSDP can wrap it."""
 
-    def __init__(self, autoencoder: PatchVolumeAutoencoder, stage: int) -> None:
+    def __init__(self, autoencoder: PatchVolumeAutoencoder, stage: int, least_use: float) -> None:
         super().__init__()
         self.autoencoder = autoencoder
         self.stage = stage
+        self.least_use = least_use
         if stage == 2:
             for frozen in (autoencoder.encoder, autoencoder.pre_vq_conv):
                 frozen.requires_grad_(False)
@@ -52,7 +53,7 @@ class _Reconstruction(nn.Module):
             with torch.no_grad():
                 z = a.encode(x)
         if not a.codebook.initialised:
-            a.codebook.initialise(z.detach())
+            a.codebook.initialise(z.detach(), self.least_use)
         indices, rows = a.quantize(z.detach())
         q = straight_through(z, rows) if self.stage == 1 else rows
         return a.decoder(a.post_vq_conv(q)).float(), z, indices, rows
@@ -76,7 +77,7 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
     config = autoencoder.config
     if options.stage == 2 and not autoencoder.codebook.initialised:
         raise ValueError(f"train_autoencoder: {options.initial}: its codebook was never trained; run stage 1 first")
-    model = _Reconstruction(autoencoder, options.stage)
+    model = _Reconstruction(autoencoder, options.stage, options.least_use)
     discriminator = PatchDiscriminator(config.image_channels)
     adam = [
         torch.optim.Adam([p for p in part.parameters() if p.requires_grad], options.learning_rate, _BETAS)
