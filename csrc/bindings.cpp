@@ -9,6 +9,12 @@ STABLE_TORCH_LIBRARY(meddiff, m) {
   m.def("window_attention(Tensor qkv, int heads, int window) -> Tensor");
   m.def("_window_attention(Tensor qkv, int heads, int window) -> (Tensor, Tensor)");
   m.def("_window_attention_isa(Tensor qkv, int heads, int window, str isa) -> (Tensor, Tensor)");
+  // grad, out [B, D, H, W, C], lse as returned -> the gradient of qkv
+  m.def(
+      "_window_attention_backward(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads, int window) -> Tensor");
+  m.def(
+      "_window_attention_backward_isa(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads, int window, str isa)"
+      " -> Tensor");
   // instruction sets that were compiled in and that this processor has, the one in use first
   m.def("cpu_isas() -> str[]");
 }

@@ -16,9 +16,20 @@ constexpr int64_t kWindowHeadDim = 64;  // largest head size
 using WindowAttentionKernel = void (*)(const float* q, const float* k, const float* v, int64_t tokens, int64_t dim,
                                        float* out, float* log_sum);
 
+// Its gradient: with p = 2^(s - log_sum), the probabilities, and ds = p·(grad[i]·v[j] - delta[i]),
+//   dq[i] = Σⱼ dsᵢⱼ k[j],  dk[j] = Σᵢ dsᵢⱼ q[i],  dv[j] = Σᵢ pᵢⱼ grad[i]
+//   q, k, v, dim, log_sum  as above
+//   grad                   [tokens, dim], of out
+//   delta                  [tokens], grad[i]·out[i]
+//   dq, dk, dv             [tokens, dim], written; those of the scores in natural units are dq / √dim and dk·ln 2
+using WindowAttentionGradient = void (*)(const float* q, const float* k, const float* v, const float* grad,
+                                         const float* delta, const float* log_sum, int64_t tokens, int64_t dim,
+                                         float* dq, float* dk, float* dv);
+
 struct WindowAttentionIsa {
   const char* name;
   WindowAttentionKernel kernel;
+  WindowAttentionGradient gradient;
 };
 
 extern const WindowAttentionIsa kWindowAttentionPortable;

@@ -31,6 +31,6 @@ struct Avx2 {
 
 }  // namespace
 
-const WindowAttentionIsa kWindowAttentionAvx2{"avx2", WindowAttention<Avx2>::attend};
+const WindowAttentionIsa kWindowAttentionAvx2{"avx2", WindowAttention<Avx2>::attend, WindowAttention<Avx2>::differentiate};
 
 }  // namespace meddiff

@@ -28,6 +28,6 @@ struct Avx512 {
 
 }  // namespace
 
-const WindowAttentionIsa kWindowAttentionAvx512{"avx512", WindowAttention<Avx512>::attend};
+const WindowAttentionIsa kWindowAttentionAvx512{"avx512", WindowAttention<Avx512>::attend, WindowAttention<Avx512>::differentiate};
 
 }  // namespace meddiff

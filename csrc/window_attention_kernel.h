@@ -4,7 +4,8 @@
 // that could be the AVX-512 one.
 //
 // One query per lane, so that nothing is ever reduced across lanes; keys and values are broadcast. The softmax is the
-// online one, rescaled once per block of keys.
+// online one, rescaled once per block of keys. The gradients of keys and values are found the other way round, one key
+// per lane.
 //
 // An Isa has: V, a vector of `lanes` floats; `groups` vectors that share each broadcast; `unroll` keys whose scores are
 // in flight together; `columns` of v accumulated together in registers; load, store, set1, add, sub, mul, div,
@@ -27,12 +28,10 @@ class WindowAttention {
     alignas(64) float query[kWindowHeadDim * kTile];  // [dim, kTile]
     alignas(64) float sum[kWindowHeadDim * kTile];    // [dim, kTile] Σ p·v
     alignas(64) float p[kKeys * kTile];               // [key, kTile] scores, then their exponentials
-    const int64_t chunks = (dim + Isa::columns - 1) / Isa::columns;
 
     for (int64_t first = 0; first < tokens; first += kTile) {
       const int64_t queries = tokens - first < kTile ? tokens - first : kTile;
-      for (int64_t c = 0; c < dim; ++c)
-        for (int64_t l = 0; l < kTile; ++l) query[c * kTile + l] = l < queries ? q[(first + l) * dim + c] : 0;
+      spread(q + first * dim, queries, dim, query);
       for (int64_t i = 0; i < dim * kTile; ++i) sum[i] = 0;
       V top[G], total[G];
       for (int g = 0; g < G; ++g) top[g] = Isa::set1(-0x1p126f), total[g] = Isa::set1(0);
@@ -41,9 +40,7 @@ class WindowAttention {
         const int64_t keys = tokens - key < kKeys ? tokens - key : kKeys;
         V largest[G], rescale[G];
         for (int g = 0; g < G; ++g) largest[g] = top[g];
-        const int64_t unrolled = keys - keys % Isa::unroll;
-        scores<Isa::unroll>(query, k + key * dim, unrolled, dim, p, largest);
-        scores<1>(query, k + (key + unrolled) * dim, keys - unrolled, dim, p + unrolled * kTile, largest);
+        all_scores(query, k + key * dim, keys, dim, p, largest);
         for (int g = 0; g < G; ++g) {
           rescale[g] = Isa::exp2(Isa::sub(top[g], largest[g]));
           total[g] = Isa::mul(total[g], rescale[g]);
@@ -57,11 +54,7 @@ class WindowAttention {
             Isa::store(at, power);
           }
         }
-        for (int64_t i = 0, c = 0; i < chunks; ++i) {
-          const int64_t count = (dim - c + chunks - i - 1) / (chunks - i);
-          accumulate<Isa::columns>(count, p, v + key * dim + c, keys, dim, rescale, sum + c * kTile);
-          c += count;
-        }
+        accumulate_all(p, v + key * dim, keys, dim, rescale, sum);
       }
 
       float tops[kTile], totals[kTile];
@@ -80,11 +73,92 @@ class WindowAttention {
     }
   }
 
+  static void differentiate(const float* q, const float* k, const float* v, const float* grad, const float* delta,
+                            const float* log_sum, int64_t tokens, int64_t dim, float* dq, float* dk, float* dv) {
+    alignas(64) float a[kWindowHeadDim * kTile], b[kWindowHeadDim * kTile];          // [dim, kTile]
+    alignas(64) float sum_a[kWindowHeadDim * kTile], sum_b[kWindowHeadDim * kTile];  // [dim, kTile]
+    alignas(64) float p[kKeys * kTile], ds[kKeys * kTile];                           // [row, kTile]
+    V one[G], ignored[G];
+    for (int g = 0; g < G; ++g) one[g] = Isa::set1(1), ignored[g] = Isa::set1(0);
+
+    for (int64_t first = 0; first < tokens; first += kTile) {
+      const int64_t lanes = tokens - first < kTile ? tokens - first : kTile;
+      float tops[kTile], deltas[kTile];
+      spread(log_sum + first, lanes, 1, tops);
+      spread(delta + first, lanes, 1, deltas);
+      spread(q + first * dim, lanes, dim, a);
+      spread(grad + first * dim, lanes, dim, b);
+      for (int64_t i = 0; i < dim * kTile; ++i) sum_a[i] = 0;
+      for (int64_t row = 0; row < tokens; row += kKeys) {
+        const int64_t rows = tokens - row < kKeys ? tokens - row : kKeys;
+        all_scores(a, k + row * dim, rows, dim, p, ignored);
+        all_scores(b, v + row * dim, rows, dim, ds, ignored);
+        for (int64_t j = 0; j < rows; ++j)
+          for (int g = 0; g < G; ++g)
+            slopes(p, ds, j * kTile + g * Isa::lanes, Isa::load(tops + g * Isa::lanes),
+                   Isa::load(deltas + g * Isa::lanes));
+        accumulate_all(ds, k + row * dim, rows, dim, one, sum_a);
+      }
+      gather(sum_a, lanes, dim, dq + first * dim);
+
+      spread(k + first * dim, lanes, dim, a);
+      spread(v + first * dim, lanes, dim, b);
+      for (int64_t i = 0; i < dim * kTile; ++i) sum_a[i] = sum_b[i] = 0;
+      for (int64_t row = 0; row < tokens; row += kKeys) {
+        const int64_t rows = tokens - row < kKeys ? tokens - row : kKeys;
+        all_scores(a, q + row * dim, rows, dim, p, ignored);
+        all_scores(b, grad + row * dim, rows, dim, ds, ignored);
+        for (int64_t i = 0; i < rows; ++i)
+          for (int g = 0; g < G; ++g)
+            slopes(p, ds, i * kTile + g * Isa::lanes, Isa::set1(log_sum[row + i]), Isa::set1(delta[row + i]));
+        accumulate_all(ds, q + row * dim, rows, dim, one, sum_a);
+        accumulate_all(p, grad + row * dim, rows, dim, one, sum_b);
+      }
+      gather(sum_a, lanes, dim, dk + first * dim);
+      gather(sum_b, lanes, dim, dv + first * dim);
+    }
+  }
+
  private:
   using V = typename Isa::V;
   static constexpr int G = Isa::groups;
   static constexpr int64_t kTile = Isa::lanes * G;  // queries
   static constexpr int64_t kKeys = 64;
+
+  // Rows [count, dim] as lanes [dim, kTile], with 0 in those to spare.
+  static void spread(const float* rows, int64_t count, int64_t dim, float* lanes) {
+    for (int64_t c = 0; c < dim; ++c)
+      for (int64_t l = 0; l < kTile; ++l) lanes[c * kTile + l] = l < count ? rows[l * dim + c] : 0;
+  }
+
+  // The inverse.
+  static void gather(const float* lanes, int64_t count, int64_t dim, float* rows) {
+    for (int64_t l = 0; l < count; ++l)
+      for (int64_t c = 0; c < dim; ++c) rows[l * dim + c] = lanes[c * kTile + l];
+  }
+
+  // p holds scores and becomes probabilities; ds holds grad·v and becomes the slope of the score.
+  static void slopes(float* p, float* ds, int64_t at, V log_sum, V delta) {
+    const V power = Isa::exp2(Isa::sub(Isa::load(p + at), log_sum));
+    Isa::store(p + at, power);
+    Isa::store(ds + at, Isa::mul(power, Isa::sub(Isa::load(ds + at), delta)));
+  }
+
+  static void all_scores(const float* query, const float* k, int64_t keys, int64_t dim, float* p, V* largest) {
+    const int64_t unrolled = keys - keys % Isa::unroll;
+    scores<Isa::unroll>(query, k, unrolled, dim, p, largest);
+    scores<1>(query, k + unrolled * dim, keys - unrolled, dim, p + unrolled * kTile, largest);
+  }
+
+  // sum = sum·rescale + Σⱼ p[j]·v[j] for all columns of v, in nearly equal shares.
+  static void accumulate_all(const float* p, const float* v, int64_t keys, int64_t dim, const V* rescale, float* sum) {
+    const int64_t chunks = (dim + Isa::columns - 1) / Isa::columns;
+    for (int64_t i = 0, c = 0; i < chunks; ++i) {
+      const int64_t count = (dim - c + chunks - i - 1) / (chunks - i);
+      accumulate<Isa::columns>(count, p, v + c, keys, dim, rescale, sum + c * kTile);
+      c += count;
+    }
+  }
 
   // Scores of the tile against `keys` rows of k, a multiple of U, into p; raises `largest` to them.
   template <int U>

@@ -34,6 +34,6 @@ struct Portable {
 
 }  // namespace
 
-const WindowAttentionIsa kWindowAttentionPortable{"portable", WindowAttention<Portable>::attend};
+const WindowAttentionIsa kWindowAttentionPortable{"portable", WindowAttention<Portable>::attend, WindowAttention<Portable>::differentiate};
 
 }  // namespace meddiff

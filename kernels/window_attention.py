@@ -240,23 +240,6 @@ def _window_attention_fake(qkv: Tensor, heads: int, window: int) -> tuple[Tensor
     return out, qkv.new_empty((qkv.shape[0], heads, *qkv.shape[1:4]), dtype=torch.float32)
 
 
-@torch.library.custom_op("meddiff::_window_attention_backward", mutates_args=(), device_types="cpu")
-def _backward(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, window: int) -> Tensor:
-    """The gradient of qkv from that of out, computed in float32, some windows at a time."""
-    volumes = (*qkv.chunk(3, dim=4), out, grad, lse.movedim(1, 4))
-    windows = [_to_windows(x, heads, window) for x in volumes]
-    scale = 1 / math.sqrt(windows[0].shape[-1])
-    gradients = windows[0].new_empty(3, *windows[0].shape)
-    together = max(1, 2**23 // (heads * window**6))
-    for i in range(0, gradients.shape[1], together):
-        q, k, v, o, do, log_sum = (x[i : i + together].float() for x in windows)
-        p = torch.exp(q @ k.mT * scale - log_sum)
-        ds = p * (do @ v.mT - (do * o).sum(-1, keepdim=True)) * scale
-        for gradient, value in zip(gradients, (ds @ k, ds.mT @ q, p.mT @ do)):
-            gradient[i : i + together] = value
-    return torch.cat([_from_windows(gradient, qkv.shape, window) for gradient in gradients], dim=4)
-
-
 def _backward_fake(grad: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, heads: int, window: int) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
@@ -296,9 +279,9 @@ def _attend(qkv: Tensor, heads: int, window: int) -> Tensor:
 torch.library.register_fake("meddiff::_window_attention", _window_attention_fake)
 torch.library.impl("meddiff::_window_attention", "CUDA", _launch_forward)
 torch.library.register_autograd("meddiff::_window_attention", _differentiate, setup_context=_save)
-_backward.register_fake(_backward_fake)
-_backward.register_kernel("cuda", _launch_backward)
-_backward.register_autograd(_no_second_derivative)
+torch.library.register_fake("meddiff::_window_attention_backward", _backward_fake)
+torch.library.impl("meddiff::_window_attention_backward", "CUDA", _launch_backward)
+torch.library.register_autograd("meddiff::_window_attention_backward", _no_second_derivative)
 torch.library.impl("meddiff::window_attention", "CompositeImplicitAutograd", _attend)
 
 

@@ -95,11 +95,11 @@ class Codebook(nn.Module):
     def initialise(self, z: Tensor, least_use: float = 1.0) -> None:
         """Take randomly chosen latents as codes; where there are too few, they repeat with a little noise.
 
-        z: [B, C, D, H, W], the encoder's outputs of the first training batch.
-        least_use: as for `update`, which replaces at once the codes that are not used.
+        With torch.distributed every process gets the codes of the first one, chosen from its own outputs.
 
-        With torch.distributed every process
-        gets the codes of the first one, chosen from its own outputs.
+        Args:
+            z: [B, C, D, H, W], the encoder's outputs of the first training batch.
+            least_use: as for `update`, which replaces at once the codes that are not used.
         """
         tokens = z.float().movedim(1, -1).flatten(0, -2)
         n_codes, channels = self.embeddings.shape

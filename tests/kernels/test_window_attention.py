@@ -72,14 +72,15 @@ def reference_gradient(qkv: Tensor, grad: Tensor, heads: int, window: int) -> Te
 
 
 def check_backward(qkv: Tensor, grad: Tensor, heads: int, window: int) -> None:
-    """Of the operator, and of the Triton kernels where the operator does not call them."""
+    """Of the operator, of its CPU kernels on every instruction set, and of the Triton kernels."""
     wanted = reference_gradient(qkv, grad, heads, window)
     with torch.enable_grad():
         leaf = qkv.clone().requires_grad_()
         window_attention(leaf, heads, window).backward(grad)
     saved = (qkv, *torch.ops.meddiff._window_attention(qkv, heads, window))
     by_triton = module._launch_backward(*(x.cuda() if GPU else x for x in (grad, *saved)), heads, window)
-    for got in (leaf.grad, by_triton.cpu()):
+    on_isas = [torch.ops.meddiff._window_attention_backward_isa(grad, *saved, heads, window, isa) for isa in ISAS]
+    for got in (leaf.grad, by_triton.cpu(), *on_isas):
         assert got.dtype == qkv.dtype
         for i, part in enumerate(got.chunk(3, dim=4)):
             assert_near(part, wanted.chunk(3, dim=4)[i], qkv.dtype, 0.1 * wanted.abs().max().item())
@@ -115,13 +116,25 @@ def test_backward(shape: tuple, dtype: torch.dtype):
     check_backward(qkv, grad, *shape[3:1:-1])
 
 
-def test_backward_on_the_cpu_in_bfloat16_and_in_several_rounds():
-    qkv = case(1, (2, 3, 3), 8, 2, 9).bfloat16()  # 18 windows of 2·512² scores
-    grad = torch.randn(*qkv.shape[:4], 18, generator=torch.Generator().manual_seed(1)).bfloat16()
-    with torch.enable_grad():
-        leaf = qkv.clone().requires_grad_()
-        window_attention(leaf, 2, 8).backward(grad)
-    assert_near(leaf.grad, reference_gradient(qkv, grad, 2, 8), torch.bfloat16)
+@pytest.mark.parametrize("isa", ISAS)
+def test_backward_on_the_cpu_in_bfloat16_and_at_the_released_size(isa: str):
+    for shape in CASES:
+        heads, window = shape[3:1:-1]
+        qkv = case(*shape).bfloat16()
+        grad = case(*shape, seed=1).chunk(3, dim=4)[0].bfloat16()
+        saved = torch.ops.meddiff._window_attention(qkv, heads, window)
+        got = torch.ops.meddiff._window_attention_backward_isa(grad, qkv, *saved, heads, window, isa)
+        wanted = reference_gradient(qkv, grad, heads, window)
+        assert_near(got, wanted, torch.bfloat16)
+
+
+def test_backward_refuses_other_shapes():
+    qkv = case(1, (1, 1, 1), 2, 2, 9)
+    out, lse = torch.ops.meddiff._window_attention(qkv, 2, 2)
+    backward = torch.ops.meddiff._window_attention_backward
+    for grad, saved in ((out[..., :9], (out, lse)), (out.double(), (out, lse)), (out, (out, lse[:, :1]))):
+        with pytest.raises(RuntimeError, match="_window_attention_backward: .* must be"):
+            backward(grad, qkv, *saved, 2, 2)
 
 
 @pytest.mark.parametrize("head_dim", range(1, 65))
