@@ -1,7 +1,10 @@
-"""A small set of volumes."""
+"""A small set of volumes, and two processes."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import nibabel as nib
@@ -20,3 +23,21 @@ def volumes(tmp_path_factory) -> Path:
         data = np.where(inside, 400 + 300 * np.sin(4 * x + i) * np.cos(3 * y), 0).astype(np.float32)
         nib.save(nib.Nifti1Image(data, np.eye(4)), folder / f"{i}.nii.gz")
     return folder
+
+
+@pytest.fixture(scope="session")
+def two_processes():
+    """Runs `meddiff` with these arguments in two processes that talk through gloo."""
+
+    def run(*arguments: str) -> None:
+        launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "meddiff.cli"]
+        done = subprocess.run(
+            [sys.executable, *launch, *arguments],
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+
+    return run

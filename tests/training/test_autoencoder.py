@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,20 +140,11 @@ def test_previews_are_written(options):
     assert [path.name for path in (Path(options.out) / "previews").iterdir()] == ["step-00000002.png"]
 
 
-def test_two_processes_sum_their_code_usage(options, tmp_path):
-    arguments = ["--data", options.data, "--steps", "3", "--save_every", "3", "--log_every", "1"]
+def test_two_processes_sum_their_code_usage(options, tmp_path, two_processes):
+    arguments = ["--data", options.data, "--steps", "3", "--save_every", "3", "--log_every", "1", "--batch_size", "1"]
     for name in ("n_hiddens", "num_groups", "n_codes", "patch_size"):
         arguments += [f"--model.{name}", str(getattr(options.model, name))]
-    command = ["-m", "meddiff.cli", "train", "autoencoder", "--out", str(tmp_path / "two"), "--batch_size", "1"]
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    result = subprocess.run(
-        [sys.executable, *launch, *command, *arguments],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"},
-        timeout=300,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
+    two_processes("train", "autoencoder", "--out", str(tmp_path / "two"), *arguments)
     steps = statistics(str(tmp_path / "two"))
     assert [line["step"] for line in steps] == [0, 1, 2]
     trained = load_component(tmp_path / "two" / "autoencoder", "autoencoder")

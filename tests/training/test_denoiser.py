@@ -15,11 +15,12 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from meddiff.checkpoint import load_component, save_component
-from meddiff.config import PRESETS
+from meddiff.config import PRESETS, ScheduleConfig
 from meddiff.models import BiFlowNet, PatchVolumeAutoencoder
 from meddiff.pipelines import MedDiffusion
 from meddiff.resources import default_dtype
-from meddiff.training.data import list_volumes, preparation
+from meddiff.sampling import NoiseSchedule
+from meddiff.training.data import Draws, draw_seed, list_volumes, preparation
 from meddiff.training.denoiser import train_denoiser
 from meddiff.training.ema import MovingAverage
 from meddiff.training.engine import TrainingRun
@@ -195,3 +196,43 @@ def test_the_model_knows_what_it_was_trained_on_and_takes_the_precision_asked_fo
 def test_classes_beyond_the_denoisers_are_refused(options):
     with pytest.raises(ValueError, match="num_classes must be larger"):
         train_denoiser(replace(options, model=replace(options.model, num_classes=4)))
+
+
+def test_two_processes_share_the_volumes(latents, autoencoder, tmp_path, two_processes):
+    again = tmp_path / "latents"
+    source = str(latents.parent / "list.json")
+    two_processes("train", "latents", "--out", str(again), "--data", source, "--autoencoder", str(autoencoder))
+    assert sorted(path.name for path in again.iterdir()) == sorted(path.name for path in latents.iterdir())
+    for path in latents.iterdir():
+        torch.testing.assert_close(load_file(again / path.name), load_file(path))
+
+
+def test_two_processes_train_one_denoiser_with_the_mean_of_their_gradients(
+    latents, autoencoder, options, tmp_path, two_processes
+):
+    arguments = ["--data", str(latents), "--autoencoder", str(autoencoder), "--batch_size", "1", "--ema_every", "1"]
+    for name in ("dim", "attention_levels"):
+        arguments += [f"--model.{name}", str(getattr(options.model, name))]
+    arguments += ["--model.dim_mults", str(list(options.model.dim_mults)), "--steps", "2"]
+    two_processes("train", "denoiser", "--out", str(tmp_path / "two"), *arguments)
+
+    data = LatentDataset(latents, 8)
+    torch.manual_seed(0)
+    network = BiFlowNet(options.model)
+    adam = torch.optim.Adam(network.parameters(), options.learning_rate)
+    batches = [iter(Draws(data.sizes, 1, 0, rank=rank, world_size=2)) for rank in range(2)]
+    schedule = NoiseSchedule(ScheduleConfig())
+    for step in range(2):
+        for rank in range(2):
+            torch.manual_seed(draw_seed(0, step, rank))
+            x0, y = data[next(batches[rank])[0]]
+            x0 = x0[None]
+            noise, t = torch.randn_like(x0), torch.randint(1000, (1,))
+            resolution = torch.tensor(x0.shape[2:]) / 64
+            estimate = network(schedule.add_noise(x0, t, noise), t, torch.tensor([y]), resolution)
+            (0.5 * (estimate - noise).abs().mean()).backward()
+        adam.step()
+        adam.zero_grad()
+    trained = load_file(tmp_path / "two" / "model" / "denoiser" / "model.safetensors")
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(trained[name], value, rtol=1e-3, atol=2e-5, msg=name)
