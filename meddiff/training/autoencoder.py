@@ -17,7 +17,7 @@ from meddiff.checkpoint import load_component, save_component
 from meddiff.models import PatchVolumeAutoencoder
 from meddiff.models.codebook import straight_through
 from meddiff.report import save_comparison
-from meddiff.training.data import Draws, VolumeDataset, list_volumes, patch_draw, volume_draw
+from meddiff.training.data import Draws, VolumeDataset, grid_draw, list_volumes, patch_draw, volume_draw
 from meddiff.training.discriminator import PatchDiscriminator
 from meddiff.training.engine import TrainingRun
 from meddiff.training.losses import (
@@ -28,8 +28,6 @@ from meddiff.training.losses import (
     load_perceptual,
 )
 from meddiff.training.options import AutoencoderTraining
-
-_BETAS = (0.5, 0.9)
 
 
 class _Reconstruction(nn.Module):
@@ -80,17 +78,18 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
     model = _Reconstruction(autoencoder, options.stage, options.least_use)
     discriminator = PatchDiscriminator(config.image_channels)
     adam = [
-        torch.optim.Adam([p for p in part.parameters() if p.requires_grad], options.learning_rate, _BETAS)
+        torch.optim.Adam([p for p in part.parameters() if p.requires_grad], options.learning_rate, options.betas)
         for part in (model, discriminator)
     ]
     perceptual = load_perceptual(options.perceptual, options.perceptual_weights)
     perceptual = perceptual and perceptual.to(device)
 
-    draw = (
-        patch_draw(config.patch_size, options.patches_per_volume, options.turns)
-        if options.stage == 1
-        else volume_draw(options.volume_size, config.patch_size)
-    )
+    if options.stage == 2:
+        draw = volume_draw(options.volume_size, config.patch_size)
+    elif options.crops == "grid":
+        draw = grid_draw(config.patch_size, options.patches_per_volume)
+    else:
+        draw = patch_draw(config.patch_size, options.patches_per_volume, options.turns)
     volumes = list_volumes(options.data)
     with accelerator.main_process_first():
         data = VolumeDataset(volumes, options.cache or run.folder / "cache", draw, options.spacing, options.on_bad)

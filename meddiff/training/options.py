@@ -74,12 +74,15 @@ class AutoencoderTraining(RunOptions):
         initial: Autoencoder folder to begin with; stage 2 needs the one that stage 1 wrote.
         model: Of a new autoencoder; not used with initial.
         spacing: mm along X, Y, Z to which volumes are resampled; by default they stay as they are.
+        crops: Where patches lie (stage 1): anywhere, mostly around foreground, or on the grid into which encoders cut
+            volumes, which is easier to learn where all volumes are aligned.
         patches_per_volume: Random patches of each volume drawn (stage 1).
-        turns: Whether patches are flipped and turned by 90° at random (stage 1).
+        turns: Whether patches from anywhere are flipped and turned by 90° at random (stage 1).
         volume_size: Voxels along X, Y, Z, multiples of the patch, to which whole volumes are cropped or padded (stage
             2); by default they keep their size, padded to multiples of the patch, and a batch holds those of one size.
         on_bad: Whether a file that cannot be used is fatal, or named and skipped.
         cache: Folder for prepared volumes; by default in out.
+        betas: Of Adam; these are the published ones, for adversarial training.
         least_use: Uses per step below which a code is replaced (moving average); where a step has few latents for each
             code, one that is low enough for codes to last.
         l1_weight: Weight of the voxels' L1 distance.
@@ -96,11 +99,13 @@ class AutoencoderTraining(RunOptions):
     initial: str | None = None
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     spacing: tuple[float, float, float] | None = None
+    crops: Literal["anywhere", "grid"] = "anywhere"
     patches_per_volume: int = 1
     turns: bool = True
     volume_size: tuple[int, int, int] | None = None
     on_bad: Literal["fail", "skip"] = "fail"
     cache: str | None = None
+    betas: tuple[float, float] = (0.5, 0.9)
     least_use: float = 1.0
     l1_weight: float = 4.0
     perceptual: Literal["none", "lpips", "medicalnet"] = "none"
