@@ -1,9 +1,7 @@
-"""csrc/vq_nearest.cu without a GPU: run on an emulated device, and compiled for every architecture."""
+"""csrc/vq_nearest.cu without a GPU, on an emulated device."""
 
 from __future__ import annotations
 
-import importlib.util
-import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -15,15 +13,7 @@ from torch import Tensor
 from meddiff.kernels.vq_nearest import vq_nearest_ref
 
 HERE = Path(__file__).parent
-CSRC = HERE.parent.parent / "csrc"
 CXX = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-NVCC = shutil.which("nvcc") or shutil.which("/usr/local/cuda/bin/nvcc")
-
-
-def find_cuobjdump() -> str | None:
-    triton = importlib.util.find_spec("triton")
-    bundled = Path(triton.origin).parent / "backends/nvidia/bin/cuobjdump" if triton else "cuobjdump"
-    return shutil.which("cuobjdump") or shutil.which(bundled)
 
 
 def compile_emulation(folder: Path, *flags: str) -> Path:
@@ -100,19 +90,3 @@ def test_no_data_races(tmp_path: Path):
     torch.manual_seed(2)
     z, codes = torch.randn(1, 3, 1, 8, 75), torch.randn(130, 3)  # three tiles of codes, two rounds of tokens
     assert torch.equal(emulate(program, z, codes), vq_nearest_ref(z, codes))
-
-
-@pytest.mark.skipif(NVCC is None, reason="no nvcc")
-@pytest.mark.skipif(find_cuobjdump() is None, reason="no cuobjdump")
-def test_registers_do_not_spill(tmp_path: Path):
-    known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
-    gpus = [gpu for gpu in ("80", "90a", "100a", "120") if f"sm_{gpu.rstrip('a')}" in known]
-    flags = [f"-gencode=arch=compute_{gpu},code=sm_{gpu}" for gpu in gpus]
-    command = [NVCC, "-O3", "-std=c++17", "-fmad=false", "-fatbin", *flags, str(CSRC / "vq_nearest.cu")]
-    subprocess.run([*command, "-o", str(tmp_path / "fatbin")], check=True)
-    dump = [find_cuobjdump(), "--dump-resource-usage", str(tmp_path / "fatbin")]
-    report = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-    assert re.findall(r"arch = sm_(\w+)", report) == gpus
-    usage = re.findall(r"STACK:(\d+) .*LOCAL:(\d+)", report)
-    assert len(usage) == 7 * len(gpus)  # three kernels that prepare the codes, four that search
-    assert set(usage) == {("0", "0")}
