@@ -132,6 +132,7 @@ class PopulationOptions:
         spacings: mm along X, Y, Z, one for each of the sizes.
         seed: A subject depends on this and on its number alone.
         displacement: Typical displacement of the deformation in mm.
+        affine: Size of the random affine maps; 1 is up to 6°, 8 % in size and 4 % of shear.
         template: Whether the list begins with the template itself, not deformed, at each of the sizes.
     """
 
@@ -141,6 +142,7 @@ class PopulationOptions:
     spacings: list[tuple[float, float, float]]
     seed: int = 0
     displacement: float = 2.5
+    affine: float = 1.0
     template: bool = False
 
     def __post_init__(self) -> None:

@@ -51,7 +51,7 @@ def make_population(options: PopulationOptions) -> Path:
         names = [f"{subject:04d}_{anatomy}.nii.gz" for anatomy in _ANATOMIES]
         if not all((folder / name).exists() for name in names):
             maps, affine = templates[which]
-            images = _subject(maps, options.spacings[which], options.displacement, draw_seed(options.seed, subject))
+            images = _subject(maps, options.spacings[which], options, draw_seed(options.seed, subject))
             for name, image in zip(names, images):
                 Volume(_INTENSITY.high * image, affine, _INTENSITY).save(folder / name)
         rows += _rows(names)
@@ -102,19 +102,21 @@ def _contrasts(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return t1 * brain, brain * (_T2["wm"] * wm + _T2["gm"] * gm + _T2["csf"] * csf).clip(0, 1)
 
 
-def _subject(maps: np.ndarray, spacing: tuple[float, float, float], displacement: float, seed: int) -> list[np.ndarray]:
+def _subject(
+    maps: np.ndarray, spacing: tuple[float, float, float], options: PopulationOptions, seed: int
+) -> list[np.ndarray]:
     smoothness = [mm / np.mean(spacing) for mm in _SMOOTHNESS_MM]  # in voxels
     # Smoothing white noise from [-1, 1] with a Gaussian of σ voxels leaves this standard deviation.
     left = 3**-0.5 * (2 * np.pi**0.5 * np.mean(smoothness)) ** -1.5
-    magnitude = displacement / np.mean(spacing) / left
+    magnitude = options.displacement / np.mean(spacing) / left
     deform = Rand3DElasticd(
         "maps",
         sigma_range=tuple(smoothness),
         magnitude_range=(0.5 * magnitude, 1.5 * magnitude),
         prob=1,
-        rotate_range=(_ROTATION,) * 3,
-        shear_range=(_SHEAR,) * 6,
-        scale_range=(_SCALE,) * 3,
+        rotate_range=(options.affine * _ROTATION,) * 3,
+        shear_range=(options.affine * _SHEAR,) * 6,
+        scale_range=(options.affine * _SCALE,) * 3,
         mode="bilinear",
         padding_mode="zeros",
     ).set_random_state(seed=seed)
