@@ -55,7 +55,8 @@ def _tokens(program, N, BLOCK_N: tl.constexpr, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _load(base, n, c, stride_n, stride_c, mask):
-    return tl.load(base + n[:, None] * stride_n + c[None, :] * stride_c, mask=mask, other=0.0).to(tl.float32)
+    offsets = n[:, None] * stride_n + c.to(tl.int64)[None, :] * stride_c
+    return tl.load(base + offsets, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit

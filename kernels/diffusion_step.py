@@ -75,6 +75,7 @@ def _launch(x: Tensor, estimate: Tensor, coefficients: Tensor, noise: Tensor | N
 def _step(
     x: Tensor, estimate: Tensor, coefficients: Tensor, noise: Tensor | None = None, x0_prev: Tensor | None = None
 ) -> None:
+    noise = None if noise is None else noise.float()
     out, x0 = diffusion_step_ref(x, estimate.float(), coefficients, noise, x0_prev)
     x.copy_(out)
     if x0_prev is not None:

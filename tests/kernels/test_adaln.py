@@ -78,7 +78,7 @@ def check_forward(forward: Callable, x: Tensor, gate: Tensor, h: Tensor, shift: 
         source = source.double()
         assert_near(modulated, layer_norm_modulate_ref(source, shift.double(), scale.double(), EPS), x.dtype)
         assert mean.dtype == torch.float32
-        torch.testing.assert_close(mean.double(), source.mean(2), rtol=1e-5, atol=1e-6)
+        assert ((mean - source.mean(2)).abs() <= 1e-6 * source.abs().amax(2)).all()
         wanted = (source.var(2, correction=0) + EPS).rsqrt()
         torch.testing.assert_close(rstd.double(), wanted, rtol=1e-5, atol=0)
 
@@ -206,10 +206,10 @@ def test_extremes(name: str):
     for scale in (1e4, 1e-20, 1e-42):
         check_forward(FORWARDS[name], **tensors | {"x": tensors["x"] * scale, "h": tensors["h"] * scale})
     # a mean that is large against the spread: the variance must not be a difference of squares
-    far = tensors | {"x": (torch.randn(2, 5, 72).round() + 1e6)}
-    _, y, _ = FORWARDS[name](far["x"], None, None, far["shift"], far["scale"])
-    wanted = layer_norm_modulate_ref(far["x"].double(), far["shift"].double(), far["scale"].double(), EPS)
-    assert (y - wanted).abs().max() < 0.1  # float32 knows the mean of numbers near 10⁶ to 0.06
+    far = tensors["x"] + 1e4
+    _, y, _ = FORWARDS[name](far, None, None, tensors["shift"], tensors["scale"])
+    wanted = layer_norm_modulate_ref(far.double(), tensors["shift"].double(), tensors["scale"].double(), EPS)
+    assert (y - wanted).abs().max() < 1e-2  # float32 knows numbers near 10⁴ to 10⁻³
     # constant tokens have no spread: the shift is what remains
     flat = torch.full((2, 5, 72), 3.0)
     _, y, (mean, rstd) = FORWARDS[name](flat, None, None, tensors["shift"], tensors["scale"])
