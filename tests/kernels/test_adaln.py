@@ -78,7 +78,7 @@ def check_forward(forward: Callable, x: Tensor, gate: Tensor, h: Tensor, shift: 
         source = source.double()
         assert_near(modulated, layer_norm_modulate_ref(source, shift.double(), scale.double(), EPS), x.dtype)
         assert mean.dtype == torch.float32
-        assert ((mean - source.mean(2)).abs() <= 1e-6 * source.abs().amax(2)).all()
+        assert ((mean - source.mean(2)).abs() <= 1e-6 * source.abs().amax(2).clamp(min=1e-30)).all()
         wanted = (source.var(2, correction=0) + EPS).rsqrt()
         torch.testing.assert_close(rstd.double(), wanted, rtol=1e-5, atol=0)
 
@@ -323,8 +323,8 @@ def test_no_second_derivative():
     ("changes", "error", "message"),
     [
         ({"x": torch.zeros(2, 9)}, ValueError, r"x must be \[B, …, C\].*got \(2, 9\)"),
-        ({"x": torch.zeros(2, 3, 0)}, ValueError, r"C from 1 to 4096, got \(2, 3, 0\)"),
-        ({"x": torch.zeros(2, 3, 4097)}, ValueError, r"C from 1 to 4096, got \(2, 3, 4097\)"),
+        ({"x": torch.zeros(2, 3, 0)}, ValueError, r"x must .*C from 1 to 4096, got \(2, 3, 0\)"),
+        ({"x": torch.zeros(2, 3, 4097)}, ValueError, r"x must .*C from 1 to 4096, got \(2, 3, 4097\)"),
         ({"x": torch.zeros(2, 3, 9).double()}, TypeError, "x must be float32, bfloat16 or float16, got torch.float64"),
         ({"h": torch.zeros(2, 4, 9)}, ValueError, r"h must be \(2, 3, 9\) as x is, got \(2, 4, 9\)"),
         ({"h": torch.zeros(2, 3, 9).long()}, TypeError, "h must be float32.* got torch.int64"),
