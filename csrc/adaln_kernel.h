@@ -15,6 +15,11 @@ struct Vectors {
   typedef uint16_t Halves __attribute__((vector_size(2 * N)));
 };
 
+template <>
+struct Vectors<1> {  // there are no vectors of one
+  typedef float V;
+};
+
 template <int N>
 struct Lanes {
   using V = typename Vectors<N>::V;
@@ -39,17 +44,15 @@ struct Lanes {
     __builtin_memcpy(p, &b, sizeof b);
   }
   static inline float sum(V a) {
-    float lane[N];
-    store(lane, a);
-    for (int n = N / 2; n > 0; n /= 2)
-      for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
-    return lane[0];
+    typename Vectors<N / 2>::V half[2];
+    __builtin_memcpy(half, &a, sizeof a);
+    return Lanes<N / 2>::sum(half[0] + half[1]);
   }
 };
 
 template <>
-struct Lanes<1> {  // there are no vectors of one
-  typedef float V;
+struct Lanes<1> {
+  using V = float;
   static inline V load(const float* p) { return *p; }
   static inline V load(const uint16_t* p) {
     const uint32_t bits = static_cast<uint32_t>(*p) << 16;
