@@ -15,6 +15,12 @@ STABLE_TORCH_LIBRARY(meddiff, m) {
   m.def(
       "_window_attention_backward_isa(Tensor grad, Tensor qkv, Tensor out, Tensor lse, int heads, int window, str isa)"
       " -> Tensor");
+  // x, h [B, N, C], gate, shift, scale [B, C] -> x + gate·h, its or x's LayerNorm modulated, and mean and 1/σ, float32
+  // [2, B, N]; what is not asked for, by gate and h or by shift and scale, is empty
+  m.def("_adaln(Tensor x, Tensor? gate, Tensor? h, Tensor? shift, Tensor? scale, float eps)"
+        " -> (Tensor, Tensor, Tensor)");
+  m.def("_adaln_isa(Tensor x, Tensor? gate, Tensor? h, Tensor? shift, Tensor? scale, float eps, str isa)"
+        " -> (Tensor, Tensor, Tensor)");
   // instruction sets that were compiled in and that this processor has, the one in use first
   m.def("cpu_isas() -> str[]");
 }

@@ -38,7 +38,7 @@ def generate(
     anatomy: str | None = None,
     size: PositiveInt | str | None = None,
     spacing: float | str | None = None,
-    solver: Literal["ddim", "ddpm"] = "ddim",
+    solver: Literal["ddim", "dpmsolver++", "ddpm"] = "ddim",
     steps: PositiveInt | None = None,
     eta: float = 0.0,
     seed: int = 0,
@@ -55,8 +55,8 @@ def generate(
         anatomy: What to generate, see the list below; by default the first that the model was trained for.
         size: Voxels along the file's axes, such as 512 or 256x256x128; by default the first that it was trained for.
         spacing: Voxel spacing in mm along the same axes, such as 1 or 0.7x0.7x1; by default the one of that size.
-        solver: ddim (few steps) or ddpm (all 1000).
-        steps: Denoising steps; by default 50 for ddim.
+        solver: ddim or dpmsolver++ (few steps), or ddpm (all 1000).
+        steps: Denoising steps; by default 50 for ddim, 20 for dpmsolver++.
         eta: Fresh noise in DDIM, 0 to 1.
         seed: The same seed gives the same volume.
         preview: PNG of the three middle planes to write.

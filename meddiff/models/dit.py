@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meddiff.kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
 from meddiff.kernels.window_attention import window_attention
 
 _NORM_EPS = 1e-6
@@ -30,16 +31,6 @@ def position_embedding(tokens_per_axis: int, dim: int) -> Tensor:
         axis[None, None, :].expand(n, n, n, -1),
     ]
     return torch.cat(places, dim=-1).reshape(1, n**3, -1).float()
-
-
-def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """LayerNorm without affine, then scale and shift from the condition ([B, C] each, the same for all tokens)."""
-    return F.layer_norm(x, x.shape[-1:], eps=_NORM_EPS) * (1 + _per_sample(scale)) + _per_sample(shift)
-
-
-def _per_sample(x: Tensor) -> Tensor:
-    """[B, C] → [B, 1, 1, 1, C]."""
-    return x[:, None, None, None]
 
 
 class SubVolumeAttention(nn.Module):
@@ -83,8 +74,9 @@ class DiTBlock(nn.Module):
         if skip is not None:
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
         attn_shift, attn_scale, attn_gate, mlp_shift, mlp_scale, mlp_gate = self.adaLN_modulation(condition).chunk(6, 1)
-        x = x + _per_sample(attn_gate) * self.attn(_modulate(x, attn_shift, attn_scale))
-        return x + _per_sample(mlp_gate) * self.mlp(_modulate(x, mlp_shift, mlp_scale))
+        h = self.attn(layer_norm_modulate(x, attn_shift, attn_scale, _NORM_EPS))
+        x, h = gate_residual_layer_norm_modulate(x, attn_gate, h, mlp_shift, mlp_scale, _NORM_EPS)
+        return gate_residual(x, mlp_gate, self.mlp(h))
 
 
 class FinalLayer(nn.Module):
@@ -97,4 +89,4 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
-        return self.linear(_modulate(x, shift, scale))
+        return self.linear(layer_norm_modulate(x, shift, scale, _NORM_EPS))

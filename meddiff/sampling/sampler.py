@@ -2,32 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from meddiff.kernels.diffusion_step import diffusion_step
 from meddiff.models.biflownet import BiFlowNet
 from meddiff.progress import progress as bar
 from meddiff.sampling.schedule import NoiseSchedule
-from meddiff.sampling.solvers import ddim_step, ddim_timesteps, ddpm_step, ddpm_timesteps
+from meddiff.sampling.solvers import SOLVERS
 
-# solver → timesteps of a run
-SOLVERS: dict[str, Callable[[int, int], list[int]]] = {"ddim": ddim_timesteps, "ddpm": ddpm_timesteps}
-_DDIM_STEPS = 50
 _RESOLUTION_UNIT = 64  # latent elements per unit of the resolution condition, for every downsampling factor
 
 
 def solver_timesteps(schedule: NoiseSchedule, solver: str, steps: int | None = None) -> list[int]:
-    """The timesteps that a solver visits, in order. `steps` None is 50 for ddim and all of the schedule's for ddpm.
+    """The timesteps that a solver visits, in order. `steps` None is 50 for ddim, 20 for dpmsolver++, all for ddpm.
 
     Raises ValueError for an unknown solver or a number of steps that it cannot take.
     """
     if solver not in SOLVERS:
         raise ValueError(f"sample: unknown solver {solver!r}; known are {sorted(SOLVERS)}")
-    if steps is None:
-        steps = schedule.timesteps if solver == "ddpm" else min(_DDIM_STEPS, schedule.timesteps)
-    return SOLVERS[solver](schedule.timesteps, steps)
+    kind = SOLVERS[solver]
+    return kind.timesteps(schedule.timesteps, kind.default_steps(schedule.timesteps) if steps is None else steps)
 
 
 class NoiseSource:
@@ -65,10 +62,10 @@ def sample_latent(
 
     Args:
         denoiser: noise estimator; its device and dtype are used for the network, the latent itself stays float32.
-        schedule: noise schedule; brought to the denoiser's device.
+        schedule: noise schedule.
         noise: the start, float [B, C, D, H, W], or the latent's size (D, H, W) to draw it from `seed`.
         y: classes, integer [B].
-        solver: "ddim" (Song et al. 2021) or "ddpm" (Ho et al. 2020).
+        solver: "ddim" (Song et al. 2021), "dpmsolver++" (2M, Lu et al. 2022) or "ddpm" (Ho et al. 2020).
         steps: denoising steps; None as in `solver_timesteps`.
         eta: DDIM's share of fresh noise, 0 (deterministic) to 1.
         seed: of the start and of the noise in between; sample b has `seed + b` unless one is given per sample.
@@ -91,28 +88,27 @@ def sample_latent(
 
     batch, device = y.shape[0], denoiser.device
     source = NoiseSource(seed, batch)
-    if isinstance(noise, Tensor):
-        x = noise.to(device, torch.float32)
-    else:
-        x = source.draw((denoiser.config.channels, *noise), device)
-    if x.ndim != 5 or x.shape[0] != batch:
-        raise ValueError(f"sample: noise must be [{batch}, {denoiser.config.channels}, D, H, W], got {tuple(x.shape)}")
+    start = noise if isinstance(noise, Tensor) else source.draw((denoiser.config.channels, *noise), device)
+    if start.ndim != 5 or start.shape[0] != batch:
+        raise ValueError(
+            f"sample: noise must be [{batch}, {denoiser.config.channels}, D, H, W], got {tuple(start.shape)}"
+        )
+    # a copy, in the layout of the network's estimates
+    x = start.to(device, torch.float32, copy=True, memory_format=torch.channels_last_3d)
     y = y.to(device)
     resolution = torch.tensor(x.shape[2:], dtype=torch.float32, device=device) / _RESOLUTION_UNIT
-    schedule = schedule.to(device)
+    table = SOLVERS[solver].table(schedule, timesteps, eta).to(device, torch.float32)
+    x0_prev = torch.zeros_like(x) if SOLVERS[solver].order > 1 else None
+    stochastic = solver == "ddpm" or eta > 0
 
     for i, step in enumerate(bar("sampling")(timesteps) if progress else timesteps):
         t = torch.full((batch,), step, device=device)
-        estimate = denoiser(x, t, y, resolution).float()
+        estimate = denoiser(x, t, y, resolution)
         if not torch.isfinite(estimate).all():
             raise FloatingPointError(
                 f"sample: the noise estimate is not finite at step {i + 1} of {len(timesteps)} (t = {step}); "
                 "check the weights, or use dtype float32"
             )
-        if solver == "ddpm":
-            x = ddpm_step(schedule, x, estimate, t, source.draw(x.shape[1:], device))
-        else:
-            t_next = torch.full_like(t, timesteps[i + 1] if i + 1 < len(timesteps) else 0)
-            fresh = source.draw(x.shape[1:], device) if eta else None
-            x = ddim_step(schedule, x, estimate, t, t_next, eta, fresh)
-    return x
+        fresh = source.draw(x.shape[1:], device) if stochastic else None
+        diffusion_step(x, estimate, table[i], fresh, x0_prev)
+    return x.contiguous()

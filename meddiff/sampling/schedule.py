@@ -15,7 +15,7 @@ class NoiseSchedule(nn.Module):
 
     The cumulative signal is ᾱ(i) = cos²((i/T + s) / (1 + s) · π/2) over its first value, β = 1 - ᾱ(i+1)/ᾱ(i) clipped
     to 0.9999. Everything is computed in float64 from the clipped β and stored as float32. Tables follow
-    `.to(device)`; they keep float32 and are no part of a checkpoint.
+    `.to(device)`; they keep float32 and are no part of a checkpoint. `signal` gives ᾱ in float64.
     """
 
     betas: Tensor
@@ -57,10 +57,15 @@ class NoiseSchedule(nn.Module):
         }
         for name, table in tables.items():
             self.register_buffer(name, table.float(), persistent=False)
+        self._signal = torch.cat([cumprod.new_ones(1), cumprod])
 
     @property
     def timesteps(self) -> int:
         return self.config.timesteps
+
+    def signal(self, t: Tensor) -> Tensor:
+        """ᾱ of integer timesteps on the CPU, float64; 1 for -1, the clean latent."""
+        return self._signal[t + 1]
 
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Draw from q(x_t | x_0). x0 and noise [B, C, D, H, W], t integer [B]."""

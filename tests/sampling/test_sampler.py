@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from meddiff.config import PRESETS
+from meddiff.kernels.diffusion_step import COEFFICIENTS, diffusion_step
 from meddiff.models import BiFlowNet
 from meddiff.sampling import NoiseSchedule, sample_latent, solver_timesteps
-from meddiff.sampling.solvers import ddim_step, ddpm_step
+from meddiff.sampling.solvers import ddim_table, ddpm_table
 
 
 @pytest.fixture(scope="module")
@@ -42,36 +43,32 @@ def test_timesteps(schedule):
 
 
 def test_ddim_with_eta_has_the_moments_of_its_equation(schedule):
-    t, t_next, eta = torch.tensor([600]), torch.tensor([400]), 0.7
-    generator = torch.Generator().manual_seed(0)
+    t, eta = torch.tensor([600]), 0.7
     x0 = torch.full((1, 1, 1, 1, 1), 0.3)
     estimate = torch.full_like(x0, -0.5)
-    x = schedule.add_noise(x0, t, estimate)
-    fresh = torch.randn(1, 1, 64, 64, 64, generator=generator)
-    out = ddim_step(schedule, x, estimate, t, t_next, eta, fresh).double()
-    a, b = schedule.alphas_cumprod[600].double(), schedule.alphas_cumprod[400].double()
+    x = schedule.add_noise(x0, t, estimate).repeat(1, 1, 64, 64, 64)
+    fresh = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
+    diffusion_step(x, estimate.expand(x.shape), ddim_table(schedule, [600, 400], eta)[0].float(), fresh)
+    a, b = schedule.signal(torch.tensor([600, 400]))
     sigma = eta * ((1 - b) / (1 - a)).sqrt() * (1 - a / b).sqrt()
-    assert out.mean().item() == pytest.approx((b.sqrt() * 0.3 - (1 - b - sigma**2).sqrt() * 0.5).item(), abs=5e-3)
-    assert out.std().item() == pytest.approx(sigma.item(), rel=0.01)
-
-
-def test_ddpm_step_has_the_moments_of_the_posterior(schedule):
-    t = torch.tensor([500])
-    x, estimate = torch.full((1, 1, 1, 1, 1), 0.4), torch.full((1, 1, 1, 1, 1), 0.2)
-    fresh = torch.randn(1, 1, 64, 64, 64, generator=torch.Generator().manual_seed(0))
-    out = ddpm_step(schedule, x, estimate, t, fresh)
-    mean, _ = schedule.posterior(schedule.predict_x0(x, t, estimate), x, t)
-    assert out.mean().item() == pytest.approx(mean.item(), abs=1e-3)
-    assert out.std().item() == pytest.approx(schedule.posterior_variance[500].sqrt().item(), rel=0.01)
-
-
-def test_no_noise_in_the_last_ddpm_step(schedule):
-    t = torch.tensor([0])
-    x, estimate = torch.full((1, 1, 1, 1, 1), 0.4), torch.full((1, 1, 1, 1, 1), 0.2)
-    assert torch.equal(
-        ddpm_step(schedule, x, estimate, t, torch.full_like(x, 1e6)),
-        ddpm_step(schedule, x, estimate, t, torch.zeros_like(x)),
+    assert x.double().mean().item() == pytest.approx(
+        (b.sqrt() * 0.3 - (1 - b - sigma**2).sqrt() * 0.5).item(), abs=5e-3
     )
+    assert x.double().std().item() == pytest.approx(sigma.item(), rel=0.01)
+
+
+def test_ddpm_is_the_posterior(schedule, denoiser, reference, relative_error):
+    """Without noise the reference's mean; the noise has its variance, and the last step none."""
+    z, wanted = reference("ddim10_tiny_patch1")["z"], reference("ddpm_posterior_tiny_patch1")
+    table = ddpm_table(schedule, solver_timesteps(schedule, "ddpm"), eta=0.0).flip(0)
+    for step in (0, 1, 500, 998, 999):
+        x = z.clone()
+        estimate = denoiser(z, torch.tensor([step]), torch.tensor([1]), torch.tensor([8, 8, 16]) / 64)
+        diffusion_step(x, estimate, table[step].float())
+        assert relative_error(x, wanted[f"mean_t{step}"]) < 1e-5
+    noise_scale = table[:, COEFFICIENTS.index("c_n")]
+    torch.testing.assert_close(noise_scale[1:], schedule.posterior_variance[1:].double().sqrt(), rtol=1e-6, atol=0)
+    assert noise_scale[0] == 0
 
 
 @pytest.mark.parametrize("eta", [0.0, 1.0])
@@ -109,6 +106,35 @@ def test_ddpm_runs_all_steps(schedule):
     assert latent.abs().max() <= 1.01 and latent.std() > 0.01
 
 
+@pytest.mark.parametrize("solver", ["ddim", "dpmsolver++"])
+def test_a_constant_latent_is_found_by_every_solver(schedule, solver):
+    """An estimator that knows x0 = 0.3 leads there, for ddim but for the noise of t = 0; the start stays as it was."""
+
+    class Knowing(torch.nn.Module):
+        config = PRESETS["tiny"].denoiser
+        device = torch.device("cpu")
+
+        def forward(self, x, t, y, resolution):
+            signal = schedule.signal(t)[:, None, None, None, None]
+            return ((x - 0.3 * signal.sqrt()) / (1 - signal).sqrt()).bfloat16()
+
+    noise = torch.randn(1, 8, 8, 8, 8, generator=torch.Generator().manual_seed(0))
+    given = noise.clone()
+    latent = sample_latent(Knowing(), schedule, noise, Y, solver=solver)
+    assert torch.equal(noise, given) and latent.is_contiguous() and latent.dtype == torch.float32
+    remaining = {"ddim": (1 - schedule.signal(torch.tensor(0))).sqrt().item(), "dpmsolver++": 0.0}[solver]
+    assert (latent - 0.3).std().item() == pytest.approx(remaining, abs=3e-3)
+    assert (latent - 0.3).mean().abs() < 1e-3
+
+
+def test_dpmsolver_is_not_ddim(denoiser, schedule, reference):
+    """Both clip; with this untrained network they end elsewhere, and within the clip."""
+    z = reference("ddim10_tiny_patch1")["z"]
+    latent = sample_latent(denoiser, schedule, z, Y, solver="dpmsolver++", steps=3)
+    assert latent.isfinite().all() and latent.abs().max() <= 1
+    assert (latent - sample_latent(denoiser, schedule, z, Y, steps=3)).abs().max() > 0.1
+
+
 def test_resolution_is_the_latent_size_over_64(schedule):
     class Recording(torch.nn.Module):
         config = PRESETS["tiny"].denoiser
@@ -141,6 +167,9 @@ def test_non_finite_estimates_stop_with_the_step_named(schedule):
         ({"solver": "euler"}, "unknown solver 'euler'"),
         ({"solver": "ddpm", "steps": 10}, "all 1000 steps"),
         ({"steps": 0}, r"\[1, 1000\]"),
+        ({"solver": "dpmsolver++", "steps": 0}, r"\[1, 999\]"),
+        ({"solver": "dpmsolver++", "steps": 1000}, r"\[1, 999\]"),
+        ({"solver": "dpmsolver++", "eta": 0.5}, "eta"),
         ({"steps": 1001}, r"\[1, 1000\]"),
         ({"eta": 2.0}, "eta"),
         ({"eta": 0.5, "solver": "ddpm", "steps": None}, "eta"),
