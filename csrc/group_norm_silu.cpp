@@ -297,7 +297,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& x_in, con
                       stats.numel() == 3 * s.samples * groups,
                   "group_norm_silu: stats must be a contiguous float32 [3, ", s.samples, ", ", groups, "]");
   Tensor dx = torch::stable::new_empty(x, {s.samples, s.voxels, s.channels}, x.scalar_type());
-  Tensor sums = torch::stable::new_empty(x, {2, s.samples, s.channels}, ScalarType::Float);
+  Tensor sums = torch::stable::new_zeros(x, {2, s.samples, s.channels}, ScalarType::Float);
+  if (x.numel() == 0) return {dx, sums};
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     differentiate<T>(s, kernels_of(isa, zero), static_cast<const T*>(x.const_data_ptr()),

@@ -1,14 +1,14 @@
 """GroupNorm, scale and shift, SiLU: y = silu(z), z = ((x − mean) / √(var + eps) · weight + bias) · (1 + scale) + shift.
 
 x [B, C, D, H, W], float32, bfloat16 or float16, mean and (biased) variance over the voxels and channels of a group;
-weight, bias [C]; scale, shift [B, C] or none; y in x's dtype, in channels-last memory, where a volume is [B, voxels, C].
+weight, bias [C]; scale, shift [B, C] or none; y in x's dtype. In channels-last memory a volume is [B, voxels, C].
 
 One pass over x for the statistics, float32 (on the CPU partly float64), by Chan's merge of (count, mean, sum of squared
 deviations) in an order that depends on the shape alone; one to write y. The gradient takes two as well: dz is computed
 for its sums, and again for dx. With n the normalised x and m = weight·(1 + scale), of which z = n·m + …:
     dx = (m·dz − mean(m·dz) − n·mean(m·dz·n)) / √(var + eps).
-The kernels write Σ dz and Σ dz·n per sample and channel; dweight, dbias, dscale and dshift are made of those. No GPU has
-run this yet.
+The kernels write Σ dz and Σ dz·n per sample and channel; dweight, dbias, dscale and dshift are made of those. No GPU
+has run this yet.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ def group_norm_silu_ref(
     return (F.silu(z) if silu else z).to(x.dtype, memory_format=torch.channels_last_3d)
 
 
-# The volume is [B, N, C]. A program of the large kernels takes ROWS voxels of one sample, BLOCK_N at a time, and BLOCK_C
-# channels; S programs cover the N voxels. The statistics are of d = x − pivot, the group's first number, so that a mean
-# far from 0 costs no digits. stats [3, B, G]: mean, what float32 lost of it, 1 / √(var + eps).
+# The volume is [B, N, C]. A program of the large kernels takes ROWS voxels of one sample, BLOCK_N at a time, and
+# BLOCK_C channels; S programs cover the N voxels. The statistics are of d = x − pivot, the group's first number, so
+# that a mean far from 0 costs no digits. stats [3, B, G]: mean, what float32 lost of it, 1 / √(var + eps).
 
 
 @triton.jit
@@ -213,7 +213,7 @@ def _merge_sums_kernel(
     partial, stats, weight, scale, sums, line, B, N, C, G, S, scale_b, scale_c,
     MODULATED: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
-    """sums [2, B, C]: Σ dz and Σ dz·n. line [2, B, G]: the slope and level of dx = dz·gain + (x − centre)·slope + level."""
+    """sums [2, B, C]: Σ dz and Σ dz·n. line [2, B, G]: slope and level, dx = dz·gain + (x − centre)·slope + level."""
     program = tl.program_id(0).to(tl.int64)
     b, g, in_group = program // G, program % G, C // G
     j = tl.arange(0, BLOCK_G)

@@ -46,5 +46,10 @@ _KERNELS = {
 CASES = [
     _case(kernel, name, dtype, channels, has_scale and modulated)
     for name, (kernel, has_scale) in _KERNELS.items()
-    for dtype, channels, modulated in (("bf16", 72, True), ("bf16", 576, True), ("fp32", 48, False), ("fp16", 144, True))
+    for dtype, channels, modulated in (
+        ("bf16", 72, True),
+        ("bf16", 576, True),
+        ("fp32", 48, False),
+        ("fp16", 144, True),
+    )
 ]
