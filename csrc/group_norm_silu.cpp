@@ -90,10 +90,11 @@ struct Parameters {
     STD_TORCH_CHECK(w.dim() == 1 && w.size(0) == s.channels && b.dim() == 1 && b.size(0) == s.channels,
                     "group_norm_silu: weight and bias must be [", s.channels, "]");
     STD_TORCH_CHECK(scale_in.has_value() == shift_in.has_value(), "group_norm_silu: scale and shift go together");
-    for (const std::optional<Tensor>* t : {&scale_in, &shift_in})
-      STD_TORCH_CHECK(!t->has_value() || ((*t)->dim() == 2 && (*t)->size(0) == s.samples && (*t)->size(1) == s.channels),
+    if (!scale_in) return;
+    for (const Tensor* t : {&*scale_in, &*shift_in})
+      STD_TORCH_CHECK(t->dim() == 2 && t->size(0) == s.samples && t->size(1) == s.channels,
                       "group_norm_silu: scale and shift must be [", s.samples, ", ", s.channels, "]");
-    if (scale_in) scale = plain(*scale_in), shift = plain(*shift_in);
+    scale = plain(*scale_in), shift = plain(*shift_in);
   }
 
   // of channel c and sample b: what the normalised number is multiplied by, and what is added

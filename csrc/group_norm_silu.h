@@ -4,9 +4,9 @@
 
 namespace meddiff {
 
-// Tensors are streams of numbers whose channels repeat: C channels, voxel after voxel. The kernels take such a stream in
-// `repeats` rows of `width` numbers, width being a multiple of C and of `step`, so that one table of `width` numbers says
-// for each column what belongs to its channel, and no row has a rest.
+// Tensors are streams of numbers whose channels repeat: C channels, voxel after voxel. The kernels take such a stream
+// in `repeats` rows of `width` numbers, width being a multiple of C and of `step`, so that one table of `width` numbers
+// says for each column what belongs to its channel, and no row has a rest.
 struct GroupNormSiluFold {  // tables [width]; z = (x − centre)·gain + offset is what the activation takes
   const float* centre;
   const float* gain;

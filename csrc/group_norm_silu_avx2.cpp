@@ -15,7 +15,8 @@ struct Avx2 {
   }
   static void store(float* p, V a) { _mm256_storeu_ps(p, a); }
   static void store(uint16_t* p, V a) {
-    const __m256i bits = _mm256_castps_si256(a), odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    const __m256i bits = _mm256_castps_si256(a);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
     const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
     const V nan = _mm256_cmp_ps(a, a, _CMP_UNORD_Q), quiet = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fc00000));
     const V chosen = _mm256_blendv_ps(_mm256_castsi256_ps(rounded), quiet, nan);

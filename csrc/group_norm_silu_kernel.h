@@ -1,11 +1,11 @@
-// GroupNorm with scale, shift and SiLU on the CPU, written once for all instruction sets. Each group_norm_silu_<isa>.cpp
-// includes this file, defines a vector type, and is compiled with machine flags of its own. Everything here has internal
-// linkage and calls nothing of the C++ library: of an inline function compiled in several files the linker keeps one
-// copy, and that could be the AVX-512 one.
+// GroupNorm with scale, shift and SiLU on the CPU, written once for all instruction sets. Each
+// group_norm_silu_<isa>.cpp includes this file, defines a vector type, and is compiled with machine flags of its own.
+// Everything here has internal linkage and calls nothing of the C++ library: of an inline function compiled in several
+// files the linker keeps one copy, and that could be the AVX-512 one.
 //
 // An Isa has: V, a vector of `lanes` floats; load and store of float and of bfloat16 (as uint16_t, rounded to nearest
-// even, NaN stays NaN); set1, add, sub, mul; fma(a, b, c) = a·b + c; max(a, b) = a > b ? a : b; inverse(a) = 1/a for a in
-// [1, 2]; minus_abs(a) = −|a|; where_positive(a, b, c) = a > 0 ? b : c; round to an integer;
+// even, NaN stays NaN); set1, add, sub, mul; fma(a, b, c) = a·b + c; max(a, b) = a > b ? a : b; inverse(a) = 1/a for a
+// in [1, 2]; minus_abs(a) = −|a|; where_positive(a, b, c) = a > 0 ? b : c; round to an integer;
 // times_power(a, n) = a·2ⁿ for integers n in [−126, 0].
 #pragma once
 
@@ -139,7 +139,8 @@ class GroupNormSilu {
     for (int64_t i = 0; i < repeats; ++i, x += width, dy += width, dx += width) {
       for (int64_t c = 0; c < width; c += Isa::lanes) {
         const V value = Isa::load(x + c), dz = gradient(value, Isa::load(dy + c), fold, c, silu);
-        const V line = Isa::fma(Isa::sub(value, Isa::load(fold.centre + c)), Isa::load(slope + c), Isa::load(level + c));
+        const V d = Isa::sub(value, Isa::load(fold.centre + c));
+        const V line = Isa::fma(d, Isa::load(slope + c), Isa::load(level + c));
         Isa::store(dx + c, Isa::fma(dz, Isa::load(fold.gain + c), line));
       }
     }
