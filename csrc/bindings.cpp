@@ -21,6 +21,23 @@ STABLE_TORCH_LIBRARY(meddiff, m) {
         " -> (Tensor, Tensor, Tensor)");
   m.def("_adaln_isa(Tensor x, Tensor? gate, Tensor? h, Tensor? shift, Tensor? scale, float eps, str isa)"
         " -> (Tensor, Tensor, Tensor)");
+  // x [B, C, D, H, W] channels-last -> the same; then x as [B, voxels, C] -> y and stats [3, B, groups], and
+  // dy, x, stats -> dx and the sums [2, B, C] of which all other gradients are made
+  m.def(
+      "group_norm_silu(Tensor x, int groups, Tensor weight, Tensor bias, float eps, Tensor? scale=None, "
+      "Tensor? shift=None, bool silu=True) -> Tensor");
+  m.def(
+      "_group_norm_silu(Tensor x, int groups, Tensor weight, Tensor bias, float eps, Tensor? scale, Tensor? shift, "
+      "bool silu) -> (Tensor, Tensor)");
+  m.def(
+      "_group_norm_silu_backward(Tensor dy, Tensor x, Tensor stats, int groups, Tensor weight, Tensor bias, "
+      "Tensor? scale, Tensor? shift, bool silu) -> (Tensor, Tensor)");
+  m.def(
+      "_group_norm_silu_isa(Tensor x, int groups, Tensor weight, Tensor bias, float eps, Tensor? scale, "
+      "Tensor? shift, bool silu, str isa) -> (Tensor, Tensor)");
+  m.def(
+      "_group_norm_silu_backward_isa(Tensor dy, Tensor x, Tensor stats, int groups, Tensor weight, Tensor bias, "
+      "Tensor? scale, Tensor? shift, bool silu, str isa) -> (Tensor, Tensor)");
   // instruction sets that were compiled in and that this processor has, the one in use first
   m.def("cpu_isas() -> str[]");
 }

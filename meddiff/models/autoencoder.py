@@ -27,7 +27,7 @@ _SHARE_OF_FREE = 0.9  # of the free memory; others need some too
 
 
 class ResBlock(nn.Module):
-    """Pre-activation residual block: `shortcut(x) + conv(silu(norm(conv(silu(norm(x))))))`."""
+    """Pre-activation residual block: `shortcut(x) + conv(norm(conv(norm(x))))`, SiLU being a part of the norm."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
@@ -39,8 +39,8 @@ class ResBlock(nn.Module):
         self.resConv = nn.Identity() if same_width else conv1(in_channels, out_channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x), inplace=True))
-        h = self.conv2(F.silu(self.norm2(h), inplace=True))
+        h = self.conv1(self.norm1(x))
+        h = self.conv2(self.norm2(h))
         return h.add_(self.resConv(x))
 
 
@@ -49,7 +49,7 @@ class AttentionBlock(nn.Module):
 
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
-        self.norm = GroupNorm(groups, channels, _NORM_EPS)
+        self.norm = GroupNorm(groups, channels, _NORM_EPS, silu=False)
         self.to_qkv = nn.Linear(channels, 3 * _HEADS * _HEAD_DIM, bias=False)
         self.to_out = conv1(_HEADS * _HEAD_DIM, channels)
 
@@ -106,7 +106,7 @@ class Encoder(nn.Module):
             self.conv_blocks.append(level)
         self.mid_block = MidBlock(widths[-1], groups)
         self.final_block = nn.Sequential(
-            GroupNorm(groups, widths[-1], _NORM_EPS), nn.SiLU(inplace=True), conv3(widths[-1], config.embedding_dim)
+            GroupNorm(groups, widths[-1], _NORM_EPS), nn.Identity(), conv3(widths[-1], config.embedding_dim)
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -131,7 +131,7 @@ class Decoder(nn.Module):
                 level.up = Upsample(width)
             self.conv_blocks.append(level)
         self.final_block = nn.Sequential(
-            GroupNorm(groups, widths[-1], _NORM_EPS), nn.SiLU(inplace=True), conv3(widths[-1], config.image_channels)
+            GroupNorm(groups, widths[-1], _NORM_EPS), nn.Identity(), conv3(widths[-1], config.image_channels)
         )
 
     def forward(self, z: Tensor) -> Tensor:

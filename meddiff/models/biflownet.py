@@ -4,13 +4,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
 from meddiff.config import DenoiserConfig
+from meddiff.kernels.channel_norm import channel_norm
 from meddiff.models.blocks import Conv3d, GroupNorm, attend_over_volume, conv1, conv3, down_conv, up_conv
 from meddiff.models.dit import DiTBlock, FinalLayer, position_embedding
 
@@ -34,19 +35,15 @@ class TimestepSinusoid(nn.Module):
 
 
 class Block(nn.Module):
-    """Convolution, GroupNorm, scale and shift, SiLU."""
+    """Convolution, then GroupNorm with scale, shift and SiLU."""
 
     def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
         super().__init__()
         self.proj = conv3(in_channels, out_channels)
         self.norm = GroupNorm(groups, out_channels)
 
-    def forward(self, x: Tensor, scale_shift: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        h = self.norm(self.proj(x))
-        if scale_shift is not None:
-            scale, shift = (v[:, :, None, None, None] for v in scale_shift)
-            h = torch.addcmul(shift, h, scale + 1)
-        return F.silu(h, inplace=True)
+    def forward(self, x: Tensor, scale_shift: Sequence[Tensor] = ()) -> Tensor:
+        return self.norm(self.proj(x), *scale_shift)
 
 
 class ResnetBlock(nn.Module):
@@ -62,7 +59,7 @@ class ResnetBlock(nn.Module):
         self.res_conv = nn.Identity() if same_width else conv1(in_channels, out_channels)
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
-        scale_shift = None if condition is None else self.mlp(condition).chunk(2, dim=1)
+        scale_shift = () if condition is None else self.mlp(condition).chunk(2, dim=1)
         h = self.block2(self.block1(x, scale_shift))
         return h + self.res_conv(x)
 
@@ -75,8 +72,7 @@ class ChannelNorm(nn.Module):
         self.gamma = nn.Parameter(torch.ones(1, channels, 1, 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = x.permute(0, 2, 3, 4, 1)
-        return F.layer_norm(tokens, x.shape[1:2], self.gamma.flatten(), eps=_CHANNEL_NORM_EPS).permute(0, 4, 1, 2, 3)
+        return channel_norm(x, self.gamma.flatten(), _CHANNEL_NORM_EPS)
 
 
 class VolumeAttention(nn.Module):

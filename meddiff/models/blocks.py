@@ -6,17 +6,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meddiff.kernels.group_norm_silu import group_norm_silu
+
 
 class _ChannelsLast:
-    """Hands on channels-last tensors. PyTorch falls back to contiguous ones in CUDA's GroupNorm and for convolutions of
-    few voxels; where it does not, this costs nothing."""
+    """Hands on channels-last tensors. PyTorch falls back to contiguous ones for convolutions of few voxels; where it
+    does not, this costs nothing."""
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).contiguous(memory_format=torch.channels_last_3d)
 
 
-class GroupNorm(_ChannelsLast, nn.GroupNorm):
-    pass
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm, then scale and shift where they are given ([B, C] each), then SiLU if `silu`, in one operator."""
+
+    def __init__(self, groups: int, channels: int, eps: float = 1e-5, silu: bool = True) -> None:
+        super().__init__(groups, channels, eps)
+        self.silu = silu
+
+    def forward(self, x: Tensor, scale: Tensor | None = None, shift: Tensor | None = None) -> Tensor:
+        return group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, scale, shift, self.silu)
 
 
 class Conv3d(_ChannelsLast, nn.Conv3d):

@@ -101,7 +101,7 @@ def test_every_range_of_planes(decoders):
     moments.add(x)
     wholes = {
         Up(Kept(x), up): up(x),
-        NormConv(Kept(x), moments, block.norm1, block.conv1): block.conv1(torch.nn.functional.silu(block.norm1(x))),
+        NormConv(Kept(x), moments, block.norm1, block.conv1): block.conv1(block.norm1(x)),
     }
     for planes, whole in wholes.items():
         depth = planes.size[0]

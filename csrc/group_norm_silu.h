@@ -1,0 +1,42 @@
+#pragma once
+
+#include <cstdint>
+
+namespace meddiff {
+
+// Tensors are streams of numbers whose channels repeat: C channels, voxel after voxel. The kernels take such a stream
+// in `repeats` rows of `width` numbers, width being a multiple of C and of `step`, so that one table of `width` numbers
+// says for each column what belongs to its channel, and no row has a rest.
+struct GroupNormSiluFold {  // tables [width]; z = (x − centre)·gain + offset is what the activation takes
+  const float* centre;
+  const float* gain;
+  const float* offset;
+};
+
+// T is float or, for bfloat16, uint16_t. x, dy, y, dx are [repeats, width], any alignment.
+template <class T>
+struct GroupNormSiluKernels {
+  // mean and sum of squared deviations of each column: [width] each, written
+  void (*moments)(const T* x, int64_t repeats, int64_t width, double* mean, double* m2);
+  // y = silu(z), or z
+  void (*forward)(const T* x, int64_t repeats, int64_t width, const GroupNormSiluFold& fold, bool silu, T* y);
+  // Σ dz and Σ dz·(x − centre) of each column, dz = dy·silu′(z) or dy: [width] each, written
+  void (*sums)(const T* x, const T* dy, int64_t repeats, int64_t width, const GroupNormSiluFold& fold, bool silu,
+               double* of_dz, double* of_dz_x);
+  // dx = dz·gain + (x − centre)·slope + level; slope, level [width]
+  void (*backward)(const T* x, const T* dy, int64_t repeats, int64_t width, const GroupNormSiluFold& fold,
+                   const float* slope, const float* level, bool silu, T* dx);
+};
+
+struct GroupNormSiluIsa {
+  const char* name;
+  int64_t step;
+  GroupNormSiluKernels<float> float32;
+  GroupNormSiluKernels<uint16_t> bfloat16;
+};
+
+extern const GroupNormSiluIsa kGroupNormSiluPortable;
+extern const GroupNormSiluIsa kGroupNormSiluAvx2;
+extern const GroupNormSiluIsa kGroupNormSiluAvx512;
+
+}  // namespace meddiff

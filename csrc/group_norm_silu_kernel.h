@@ -1,0 +1,151 @@
+// GroupNorm with scale, shift and SiLU on the CPU, written once for all instruction sets. Each
+// group_norm_silu_<isa>.cpp includes this file, defines a vector type, and is compiled with machine flags of its own.
+// Everything here has internal linkage and calls nothing of the C++ library: of an inline function compiled in several
+// files the linker keeps one copy, and that could be the AVX-512 one.
+//
+// An Isa has: V, a vector of `lanes` floats; load and store of float and of bfloat16 (as uint16_t, rounded to nearest
+// even, NaN stays NaN); set1, add, sub, mul; fma(a, b, c) = a·b + c; max(a, b) = a > b ? a : b; inverse(a) = 1/a for a
+// in [1, 2]; minus_abs(a) = −|a|; where_positive(a, b, c) = a > 0 ? b : c; round to an integer;
+// times_power(a, n) = a·2ⁿ for integers n in [−126, 0].
+#pragma once
+
+#include "group_norm_silu.h"
+
+namespace meddiff {
+namespace {
+
+// eʳ = 1 + r + r²·(kExp[0] + r·(kExp[1] + …)) for |r| <= ln 2 / 2, to within 4e-9 of it; kLn2 sums to ln 2, and an
+// integer up to 127 times the first part is exact.
+constexpr float kExp[5] = {0x1.fffffcp-2f, 0x1.55548ap-3f, 0x1.555916p-5f, 0x1.123fc6p-7f, 0x1.6a1a72p-10f};
+constexpr float kLn2[2] = {0x1.63p-1f, -0x1.bd0106p-13f};
+
+template <class Isa>
+class GroupNormSilu {
+ public:
+  static constexpr int64_t kStep = 4 * Isa::lanes;  // so that a sum is not needed again before it is there
+
+  template <class T>
+  static constexpr GroupNormSiluKernels<T> kernels() {
+    return {moments<T>, forward<T>, sums<T>, backward<T>};
+  }
+
+ private:
+  using V = typename Isa::V;
+  static constexpr int64_t kColumns = 2048;  // of which sums are kept at a time
+  static constexpr int64_t kBlock = 8192;    // numbers that the first-level cache holds
+
+  struct Sigmoid {
+    V value, slope;
+  };
+
+  // Neither overflows nor cancels: both come from e^−|z|.
+  static Sigmoid sigmoid(V z) {
+    const V x = Isa::max(Isa::set1(-87), Isa::minus_abs(z));  // of a NaN and a number, the second
+    const V n = Isa::round(Isa::mul(x, Isa::set1(0x1.715476p+0f)));
+    const V r = Isa::fma(n, Isa::set1(-kLn2[1]), Isa::fma(n, Isa::set1(-kLn2[0]), x));
+    V q = Isa::fma(r, Isa::set1(kExp[4]), Isa::set1(kExp[3]));
+    for (int i = 2; i >= 0; --i) q = Isa::fma(r, q, Isa::set1(kExp[i]));
+    const V one = Isa::set1(1);
+    const V power = Isa::times_power(Isa::add(one, Isa::fma(Isa::mul(r, r), q, r)), n);
+    const V inverse = Isa::inverse(Isa::add(one, power));
+    return {Isa::mul(inverse, Isa::where_positive(z, one, power)), Isa::mul(power, Isa::mul(inverse, inverse))};
+  }
+
+  template <class T>
+  static void moments(const T* x, int64_t repeats, int64_t width, double* mean, double* m2) {
+    alignas(64) float sum[kColumns], rest[kColumns], square[kColumns];
+    for (int64_t first = 0; first < width; first += kColumns) {
+      const int64_t columns = width - first < kColumns ? width - first : kColumns;
+      for (int64_t c = 0; c < columns; ++c) mean[first + c] = m2[first + c] = 0;
+      const int64_t block = kBlock / columns > 8 ? kBlock / columns : 8;
+      for (int64_t done = 0; done < repeats; done += block) {
+        const int64_t count = repeats - done < block ? repeats - done : block;
+        const T* rows = x + done * width + first;
+        for (int64_t c = 0; c < columns; ++c) sum[c] = rest[c] = square[c] = 0;
+        for (int64_t i = 0; i < count; ++i)
+          for (int64_t c = 0; c < columns; c += Isa::lanes)
+            Isa::store(sum + c, Isa::add(Isa::load(sum + c), Isa::load(rows + i * width + c)));
+        const float inverse = 1 / static_cast<float>(count);
+        for (int64_t c = 0; c < columns; ++c) sum[c] *= inverse;
+        for (int64_t i = 0; i < count; ++i) {
+          for (int64_t c = 0; c < columns; c += Isa::lanes) {
+            const V d = Isa::sub(Isa::load(rows + i * width + c), Isa::load(sum + c));
+            Isa::store(rest + c, Isa::add(Isa::load(rest + c), d));
+            Isa::store(square + c, Isa::fma(d, d, Isa::load(square + c)));
+          }
+        }
+        const double of_block = 1 / static_cast<double>(count);
+        const double weight = static_cast<double>(count) / static_cast<double>(done + count);
+        for (int64_t c = 0; c < columns; ++c) {  // `sum` is the block's mean rounded, which `rest` corrects
+          const double correction = rest[c] * of_block;
+          const double delta = sum[c] + correction - mean[first + c];
+          mean[first + c] += delta * weight;
+          m2[first + c] += square[c] - correction * rest[c] + delta * delta * (static_cast<double>(done) * weight);
+        }
+      }
+    }
+  }
+
+  static V preactivation(V x, const GroupNormSiluFold& fold, int64_t c) {
+    return Isa::fma(Isa::sub(x, Isa::load(fold.centre + c)), Isa::load(fold.gain + c), Isa::load(fold.offset + c));
+  }
+
+  static V gradient(V x, V dy, const GroupNormSiluFold& fold, int64_t c, bool silu) {
+    if (!silu) return dy;
+    const V z = preactivation(x, fold, c);
+    const Sigmoid s = sigmoid(z);
+    return Isa::mul(dy, Isa::fma(z, s.slope, s.value));
+  }
+
+  template <class T>
+  static void forward(const T* x, int64_t repeats, int64_t width, const GroupNormSiluFold& fold, bool silu, T* y) {
+    for (int64_t i = 0; i < repeats; ++i, x += width, y += width) {
+      for (int64_t c = 0; c < width; c += Isa::lanes) {
+        const V z = preactivation(Isa::load(x + c), fold, c);
+        Isa::store(y + c, silu ? Isa::mul(z, sigmoid(z).value) : z);
+      }
+    }
+  }
+
+  template <class T>
+  static void sums(const T* x, const T* dy, int64_t repeats, int64_t width, const GroupNormSiluFold& fold, bool silu,
+                   double* of_dz, double* of_dz_x) {
+    alignas(64) float sum[kColumns], product[kColumns];
+    for (int64_t first = 0; first < width; first += kColumns) {
+      const int64_t columns = width - first < kColumns ? width - first : kColumns;
+      const int64_t block = kBlock / columns > 8 ? kBlock / columns : 8;
+      for (int64_t c = 0; c < columns; ++c) of_dz[first + c] = of_dz_x[first + c] = 0;
+      for (int64_t done = 0; done < repeats; done += block) {
+        const int64_t end = repeats - done < block ? repeats : done + block;
+        for (int64_t c = 0; c < columns; ++c) sum[c] = product[c] = 0;
+        for (int64_t i = done; i < end; ++i) {
+          for (int64_t c = 0; c < columns; c += Isa::lanes) {
+            const int64_t at = i * width + first + c;
+            const V value = Isa::load(x + at);
+            const V dz = gradient(value, Isa::load(dy + at), fold, first + c, silu);
+            const V d = Isa::sub(value, Isa::load(fold.centre + first + c));
+            Isa::store(sum + c, Isa::add(Isa::load(sum + c), dz));
+            Isa::store(product + c, Isa::fma(dz, d, Isa::load(product + c)));
+          }
+        }
+        for (int64_t c = 0; c < columns; ++c) of_dz[first + c] += sum[c], of_dz_x[first + c] += product[c];
+      }
+    }
+  }
+
+  template <class T>
+  static void backward(const T* x, const T* dy, int64_t repeats, int64_t width, const GroupNormSiluFold& fold,
+                       const float* slope, const float* level, bool silu, T* dx) {
+    for (int64_t i = 0; i < repeats; ++i, x += width, dy += width, dx += width) {
+      for (int64_t c = 0; c < width; c += Isa::lanes) {
+        const V value = Isa::load(x + c), dz = gradient(value, Isa::load(dy + c), fold, c, silu);
+        const V d = Isa::sub(value, Isa::load(fold.centre + c));
+        const V line = Isa::fma(d, Isa::load(slope + c), Isa::load(level + c));
+        Isa::store(dx + c, Isa::fma(dz, Isa::load(fold.gain + c), line));
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace meddiff
