@@ -17,7 +17,7 @@ from meddiff.checkpoint import load_component, save_component
 from meddiff.models import PatchVolumeAutoencoder
 from meddiff.models.codebook import straight_through
 from meddiff.report import save_comparison
-from meddiff.training.data import Draws, VolumeDataset, grid_draw, list_volumes, patch_draw, volume_draw
+from meddiff.training.data import Draws, VolumeDataset, list_volumes, patch_draw, volume_draw
 from meddiff.training.discriminator import PatchDiscriminator
 from meddiff.training.engine import TrainingRun
 from meddiff.training.losses import (
@@ -28,6 +28,8 @@ from meddiff.training.losses import (
     load_perceptual,
 )
 from meddiff.training.options import AutoencoderTraining
+
+_BETAS = (0.5, 0.9)
 
 
 class _Reconstruction(nn.Module):
@@ -60,8 +62,9 @@ class _Reconstruction(nn.Module):
 def train_autoencoder(options: AutoencoderTraining) -> Path:
     """Run a stage to its last step, going on from the last checkpoint, if there is one.
 
-    Returns the folder with the trained autoencoder, `out`/autoencoder. Raises ValueError, VolumeError and
-    CheckpointError for options, data and initial weights that cannot be used, FloatingPointError when it diverges.
+    Returns the folder with the trained autoencoder, `out`/autoencoder, or `out` where it stopped before. Raises
+    ValueError, VolumeError and CheckpointError for options, data and initial weights that cannot be used,
+    FloatingPointError when it diverges.
     """
     run = TrainingRun(options)
     accelerator = run.accelerator
@@ -78,7 +81,7 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
     model = _Reconstruction(autoencoder, options.stage, options.least_use)
     discriminator = PatchDiscriminator(config.image_channels)
     adam = [
-        torch.optim.Adam([p for p in part.parameters() if p.requires_grad], options.learning_rate, options.betas)
+        torch.optim.Adam([p for p in part.parameters() if p.requires_grad], options.learning_rate, _BETAS)
         for part in (model, discriminator)
     ]
     perceptual = load_perceptual(options.perceptual, options.perceptual_weights)
@@ -86,8 +89,6 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
 
     if options.stage == 2:
         draw = volume_draw(options.volume_size, config.patch_size)
-    elif options.crops == "grid":
-        draw = grid_draw(config.patch_size, options.patches_per_volume)
     else:
         draw = patch_draw(config.patch_size, options.patches_per_volume, options.turns)
     volumes = list_volumes(options.data)
@@ -149,6 +150,8 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
             discriminator_optimizer.zero_grad()
             run.log(step, discriminator=loss)
 
+    if not run.complete:
+        return run.folder
     trained = run.folder / "autoencoder"
     if accelerator.is_main_process:
         save_component(trained, "autoencoder", accelerator.unwrap_model(model).autoencoder)

@@ -24,7 +24,6 @@ from monai.transforms import (
     MapTransform,
     RandCropByPosNegLabeld,
     RandFlipd,
-    RandGridPatchd,
     RandRotate90d,
     ResizeWithPadOrCropd,
     SelectItemsd,
@@ -181,20 +180,6 @@ def patch_draw(patch_size: int, patches: int, turns: bool = True) -> Compose:
     )
 
 
-def grid_draw(patch_size: int, patches: int) -> Compose:
-    """Random ones of the patches into which a volume is cut to be encoded, padded with air at the far end."""
-    cut = RandGridPatchd(
-        "image",
-        (patch_size,) * 3,
-        max_offset=0,
-        num_patches=patches,
-        sort_fn="random",
-        pad_mode="constant",
-        constant_values=-1,
-    )
-    return Compose([cut])
-
-
 def volume_draw(size: Sequence[int] | None, patch_size: int) -> Compose:
     """Whole volumes, cropped or padded with air around their centre (stage 2).
 
@@ -263,10 +248,9 @@ class VolumeDataset(Dataset):
         index, seed = key
         self.draw.set_random_state(seed=seed)
         drawn = self.draw(self.prepared[index])
-        views = torch.stack([view["image"] for view in drawn]) if isinstance(drawn, list) else drawn["image"]
+        views = torch.stack([view["image"] for view in (drawn if isinstance(drawn, list) else [drawn])])
         # MONAI's tensors would carry their bookkeeping through every operation of the networks
-        views = convert_to_tensor(views, track_meta=False)
-        return views if views.ndim == 5 else views[None]
+        return convert_to_tensor(views, track_meta=False)
 
 
 def leave_out(error: Exception, on_bad: Literal["fail", "skip"]) -> None:

@@ -29,7 +29,8 @@ _RESOLUTION_UNIT = 64  # latent elements; the condition is the latent's size in 
 def train_denoiser(options: DenoiserTraining) -> Path:
     """Run to the last step, going on from the last checkpoint, if there is one: L1 distance to the noise.
 
-    Returns the model folder `out`/model: the autoencoder, and the moving average of the denoiser. Raises ValueError and
+    Returns the model folder `out`/model: the autoencoder, and the moving average of the denoiser; or `out` where it
+    stopped before. Raises ValueError and
     CheckpointError for options, latents and autoencoders that cannot be used, FloatingPointError when it diverges.
     """
     run = TrainingRun(options)
@@ -76,6 +77,8 @@ def train_denoiser(options: DenoiserTraining) -> Path:
             volumes = [_sample(average.network, autoencoder, schedule, size, c, options) for c in sorted(classes)]
             save_comparison(volumes, preview)
 
+    if not run.complete:
+        return run.folder
     trained = run.folder / "model"
     if accelerator.is_main_process:
         anatomies = data.anatomies(autoencoder.config.downsample)

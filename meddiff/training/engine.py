@@ -30,6 +30,8 @@ class TrainingRun:
 
     accelerator: Hugging Face accelerate's: one process, DDP or FSDP, as `accelerate launch` set it up
     folder: of the run
+    end: step after which it stops
+    complete: whether that is its last
     """
 
     def __init__(self, options: RunOptions) -> None:
@@ -38,6 +40,8 @@ class TrainingRun:
         ddp = DistributedDataParallelKwargs(broadcast_buffers=False)
         self.accelerator = Accelerator(mixed_precision=options.mixed_precision, kwargs_handlers=[ddp])
         self.folder = Path(options.out)
+        self.end = min(options.stop or options.steps, options.steps)
+        self.complete = self.end == options.steps
         self._checkpoints = self.folder / "checkpoints"
         self._stats = self.folder / "stats.jsonl"
         self._board = None
@@ -70,14 +74,14 @@ class TrainingRun:
         Saves after those that ask for it.
         """
         a = self.accelerator
-        todo = range(start, self.options.steps)
+        todo = range(start, self.end)
         for step in progress("training")(todo) if a.is_main_process else todo:
             set_seed(draw_seed(self.options.seed, step, a.process_index))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
                     group["lr"] = self.options.learning_rate_at(step)
             yield step
-            if (step + 1) % self.options.save_every == 0 or step + 1 == self.options.steps:
+            if (step + 1) % self.options.save_every == 0 or step + 1 == self.end:
                 self.save(step + 1)
 
     def save(self, step: int) -> None:

@@ -17,6 +17,7 @@ class RunOptions:
     Args:
         out: Folder of the run; a run that stopped goes on from its last checkpoint.
         steps: Optimiser steps in all.
+        stop: Step after which the run stops, to go on another time; by default it goes to its end.
         batch_size: Samples per step and process.
         learning_rate: Of Adam.
         final_learning_rate: Where a cosine decay over all steps ends; by default the rate is constant.
@@ -32,6 +33,7 @@ class RunOptions:
 
     out: str
     steps: int
+    stop: int | None = None
     batch_size: int = 2
     learning_rate: float = 3e-4
     final_learning_rate: float | None = None
@@ -45,8 +47,8 @@ class RunOptions:
     workers: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "save_every", "keep", "log_every"):
-            if getattr(self, name) < 1:
+        for name in ("steps", "stop", "batch_size", "save_every", "keep", "log_every"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{type(self).__name__}: {name} must be at least 1, got {getattr(self, name)}")
         if not self.learning_rate > 0:
             raise ValueError(f"{type(self).__name__}: learning_rate must be positive, got {self.learning_rate}")
@@ -74,15 +76,12 @@ class AutoencoderTraining(RunOptions):
         initial: Autoencoder folder to begin with; stage 2 needs the one that stage 1 wrote.
         model: Of a new autoencoder; not used with initial.
         spacing: mm along X, Y, Z to which volumes are resampled; by default they stay as they are.
-        crops: Where patches lie (stage 1): anywhere, mostly around foreground, or on the grid into which encoders cut
-            volumes, which is easier to learn where all volumes are aligned.
         patches_per_volume: Random patches of each volume drawn (stage 1).
-        turns: Whether patches from anywhere are flipped and turned by 90° at random (stage 1).
+        turns: Whether patches are flipped and turned by 90° at random (stage 1).
         volume_size: Voxels along X, Y, Z, multiples of the patch, to which whole volumes are cropped or padded (stage
             2); by default they keep their size, padded to multiples of the patch, and a batch holds those of one size.
         on_bad: Whether a file that cannot be used is fatal, or named and skipped.
         cache: Folder for prepared volumes; by default in out.
-        betas: Of Adam; these are the published ones, for adversarial training.
         least_use: Uses per step below which a code is replaced (moving average); where a step has few latents for each
             code, one that is low enough for codes to last.
         l1_weight: Weight of the voxels' L1 distance.
@@ -99,13 +98,11 @@ class AutoencoderTraining(RunOptions):
     initial: str | None = None
     model: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     spacing: tuple[float, float, float] | None = None
-    crops: Literal["anywhere", "grid"] = "anywhere"
     patches_per_volume: int = 1
     turns: bool = True
     volume_size: tuple[int, int, int] | None = None
     on_bad: Literal["fail", "skip"] = "fail"
     cache: str | None = None
-    betas: tuple[float, float] = (0.5, 0.9)
     least_use: float = 1.0
     l1_weight: float = 4.0
     perceptual: Literal["none", "lpips", "medicalnet"] = "none"

@@ -80,6 +80,20 @@ def test_a_killed_run_goes_on_with_the_same_losses(options, tmp_path, monkeypatc
     assert kept == ["step-00000004", "step-00000006"]
 
 
+def test_a_run_that_stops_goes_on_another_time(options, tmp_path):
+    whole = weights(train_autoencoder(options))
+    parts = replace(options, out=str(tmp_path / "parts"))
+    AcceleratorState._reset_state(True)
+    assert train_autoencoder(replace(parts, stop=3)) == Path(parts.out)
+    assert [line["step"] for line in statistics(parts.out)] == [0, 1, 2]
+    assert not (Path(parts.out) / "autoencoder").exists()
+    AcceleratorState._reset_state(True)
+    again = weights(train_autoencoder(parts))
+    assert all(torch.equal(whole[key], again[key]) for key in whole)
+    with pytest.raises(ValueError, match="stop must be at least 1"):
+        replace(options, stop=0)
+
+
 def test_stage_2_trains_decoder_and_post_vq_conv_alone(options, tmp_path):
     first = train_autoencoder(options)
     before = weights(first)

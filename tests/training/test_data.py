@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from meddiff.training.data import Draws, VolumeDataset, draw_seed, grid_draw, list_volumes, patch_draw, volume_draw
+from meddiff.training.data import Draws, VolumeDataset, draw_seed, list_volumes, patch_draw, volume_draw
 from meddiff.volume import Volume, VolumeError
 
 
@@ -82,19 +82,6 @@ def test_patches_are_turned_only_where_that_is_asked_for(tmp_path):
     assert all(torch.equal(straight[0, seed][0], whole) for seed in range(5))
     assert not all(torch.equal(turned[0, seed][0], whole) for seed in range(5))
     assert type(straight[0, 0]) is torch.Tensor  # no MetaTensor, whose every operation passes through Python
-
-
-def test_grid_patches_are_those_that_are_encoded(tmp_path):
-    ramp = np.arange(20 * 16 * 32, dtype=np.float32).reshape(20, 16, 32)
-    nib.save(nib.Nifti1Image(ramp, np.eye(4)), tmp_path / "a.nii")
-    data = VolumeDataset(list_volumes(tmp_path), tmp_path / "cache", grid_draw(16, 3))
-    whole = torch.nn.functional.pad(data.prepared[0]["image"], (0, 0, 0, 12), value=-1.0)  # [1, 32, 32, 16]
-    cut = [whole[:, d : d + 16, h : h + 16] for d in (0, 16) for h in (0, 16)]
-    one, again = data[0, 3], data[0, 3]
-    assert one.shape == (3, 1, 16, 16, 16) and torch.equal(one, again) and type(one) is torch.Tensor
-    found = [[i for i, patch in enumerate(cut) if torch.equal(view, patch)] for view in one]
-    assert all(len(f) == 1 for f in found) and len({f[0] for f in found}) == 3
-    assert not torch.equal(one, data[0, 4])
 
 
 def test_resampling_halves_the_voxels(volumes, tmp_path):
