@@ -85,6 +85,7 @@ class AutoencoderTraining(RunOptions):
         least_use: Uses per step below which a code is replaced (moving average); where a step has few latents for each
             code, one that is low enough for codes to last.
         l1_weight: Weight of the voxels' L1 distance.
+        isotropy_weight: Weight of a loss that keeps latents from varying along one line (stage 1).
         perceptual: Perceptual loss: none, lpips or medicalnet.
         perceptual_weights: File with the weights of its network; by default they are downloaded.
         perceptual_weight: Weight of the perceptual loss.
@@ -105,6 +106,7 @@ class AutoencoderTraining(RunOptions):
     cache: str | None = None
     least_use: float = 1.0
     l1_weight: float = 4.0
+    isotropy_weight: float = 0.0
     perceptual: Literal["none", "lpips", "medicalnet"] = "none"
     perceptual_weights: str | None = None
     perceptual_weight: float = 2.0
