@@ -1,9 +1,10 @@
 """Volume ↔ patches: patch i = ((b·Gd + gd)·Gh + gh)·Gw + gw holds x[b, :, gd·p : gd·p + p, gh·p : …, gw·p : …].
 
-x [B, C, D, H, W] with any strides; patches [n, C, p, p, p] in channels-last memory format; Gd = ⌈D / p⌉ and so on. Where
-a size is no multiple of p, the last patches repeat the edge values, and `stitch` drops them. On the way into a patch,
-values may be mapped from a window (low, high) of original units to [−1, 1] and clipped, (v − low)·2 / (high − low) − 1 in
-float32, and are cast. Source and result are read and written once; nothing is padded or permuted in memory.
+x [B, C, D, H, W] with any strides; patches [n, C, p, p, p] in channels-last memory format; Gd = ⌈D / p⌉ and so on.
+Where a size is no multiple of p, the last patches repeat the edge values, and `stitch` drops them. On the way into a
+patch, values may be mapped from a window (low, high) of original units to [−1, 1] and clipped,
+(v − low)·2 / (high − low) − 1 in float32, and are cast. Source and result are read and written once; nothing is padded
+or permuted in memory.
 
 Each is the other's gradient; what was repeated sums onto the edge, and clipped values have none. The gradients can be
 differentiated again. On the CPU a copy is as fast as memory, so PyTorch makes it. No GPU has run this yet.
@@ -64,7 +65,7 @@ def stitch_ref(patches: Tensor, batch: int, d: int, h: int, w: int, start: int, 
 
 @triton.jit
 def _place(program, D, H, W, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr):
-    """Of BLOCK elements of a patch: patch, batch index, c, d, h, w in the volume, all 64-bit, and place in the patch."""
+    """For BLOCK elements of a patch: patch, batch index, c, d, h, w in the volume (64-bit), place in the patch."""
     BLOCKS: tl.constexpr = (P * P * P * C + BLOCK - 1) // BLOCK
     element = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     c, voxel = element % C, element // C
@@ -84,7 +85,7 @@ def _patchify_kernel(
     C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = (P * P * P * C + BLOCK - 1) // BLOCK
-    patch, b, c, d, h, w, element = _place(tl.cast(start, tl.int64) * BLOCKS + tl.program_id(0), D, H, W, C, P, BLOCK)
+    patch, b, c, d, h, w, element = _place(start * BLOCKS + tl.program_id(0), D, H, W, C, P, BLOCK)
     mask = element < P * P * P * C
     inside = mask
     if not WHOLE:
@@ -108,7 +109,8 @@ def _stitch_kernel(
 ):  # fmt: skip
     patch, b, c, d, h, w, element = _place(tl.program_id(0), D, H, W, C, P, BLOCK)
     mask = (element < P * P * P * C) & (d < D) & (h < H) & (w < W)
-    source = patches + (patch - start) * stride_n + c * stride_c + d % P * stride_d + h % P * stride_h + w % P * stride_w
+    source = patches + (patch - start) * stride_n + c * stride_c
+    source += d % P * stride_d + h % P * stride_h + w % P * stride_w
     value = tl.load(source, mask & (patch >= start) & (patch < stop), other=0)
     target = volume + (((b * D + d) * H + h) * W + w) * C + c
     tl.store(target, value.to(volume.dtype.element_ty), mask)
@@ -210,7 +212,7 @@ def patchify(
     """The patches of a volume, or those from `start` to before `stop`, as slices count.
 
     x: [B, C, D, H, W], float32, bfloat16, float16, int16 or uint8, any strides; B or C may be 0, D, H, W may not.
-    patch: p, 1 to 1023.
+    patch: p, at least 1; C·p³ below 2³¹.
     dtype: of the result, a floating one; None is x's, or float32 for integers.
     window: the values of x that become −1 and 1; the rest is clipped. None leaves values as they are.
     Returns [n, C, p, p, p] in channels-last memory format.
@@ -223,8 +225,8 @@ def patchify(
         raise TypeError(f"patchify: dtype must be float32, bfloat16 or float16, got {dtype}")
     if x.ndim != 5 or 0 in x.shape[2:]:
         raise ValueError(f"patchify: x must be [B, C, D, H, W] with D, H, W >= 1, got {tuple(x.shape)}")
-    if not 0 < patch < 1024:
-        raise ValueError(f"patchify: patch must be 1 to 1023, got {patch}")
+    if patch < 1 or x.shape[1] * patch**3 >= 2**31:
+        raise ValueError(f"patchify: patch must be at least 1 and C·p³ below 2³¹, got {patch} for C = {x.shape[1]}")
     if window is not None and not window[0] < window[1]:
         raise ValueError(f"patchify: window must be (low, high) with low < high, got {window}")
     low, gain = (0.0, 0.0) if window is None else (float(window[0]), 2 / (window[1] - window[0]))
@@ -245,7 +247,7 @@ def stitch(patches: Tensor, size: tuple[int, int, int], dtype: torch.dtype | Non
     for name, kind in (("patches", patches.dtype), ("dtype", dtype or patches.dtype)):
         if kind not in _FLOATS:
             raise TypeError(f"stitch: {name} must be float32, bfloat16 or float16, got {kind}")
-    if patches.ndim != 5 or len(set(patches.shape[2:])) != 1 or not 0 < patches.shape[2] < 1024:
+    if patches.ndim != 5 or len(set(patches.shape[2:])) != 1 or not 0 < math.prod(patches.shape[2:]):
         raise ValueError(f"stitch: patches must be [n, C, p, p, p] with 1 <= p < 1024, got {tuple(patches.shape)}")
     if len(size) != 3 or min(size) < 1:
         raise ValueError(f"stitch: size must be three positive lengths, got {tuple(size)}")
