@@ -69,13 +69,13 @@ def _place(program, D, H, W, C: tl.constexpr, P: tl.constexpr, BLOCK: tl.constex
     BLOCKS: tl.constexpr = (P * P * P * C + BLOCK - 1) // BLOCK
     element = program % BLOCKS * BLOCK + tl.arange(0, BLOCK)
     c, voxel = element % C, element // C
-    i = (program // BLOCKS).to(tl.int64)
+    i = program // BLOCKS
     patch = i + tl.zeros([BLOCK], tl.int64)
     gd, gh, gw = (D + P - 1) // P, (H + P - 1) // P, (W + P - 1) // P
-    w, i = i % gw * P, i // gw
-    h, i = i % gh * P, i // gh
-    d, b = i % gd * P, i // gd
-    return patch, b, c.to(tl.int64), d + voxel // (P * P), h + voxel // P % P, w + voxel % P, element
+    w, i = i % gw * P + voxel % P, i // gw
+    h, i = i % gh * P + voxel // P % P, i // gh
+    d, b = i % gd * P + voxel // (P * P), i // gd
+    return patch, b.to(tl.int64), c.to(tl.int64), d.to(tl.int64), h.to(tl.int64), w.to(tl.int64), element
 
 
 @triton.jit

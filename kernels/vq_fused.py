@@ -6,13 +6,14 @@ vq_encode   the encoder's patches f [n, C, q, q, q] → z = W f + b, stitched to
 vq_decode   a latent in the denoiser's range → z = (latent + 1)(max − min)/2 + min; k as above; row k of a table, which
             is what a 1³ convolution makes of each code
 
-f is float32, bfloat16 or float16; W [C, C], b [C], codes [K, C] and z float32; k int64; the table [K, M] any float. Ties
-give the lowest index, tokens with a NaN index 0. There is no token × code matrix and no one-hot.
+f is float32, bfloat16 or float16; W [C, C], b [C], codes [K, C] and z float32; k int64; the table [K, M] any float.
+Ties give the lowest index, tokens with a NaN index 0. There is no token × code matrix and no one-hot.
 
-The CPU searches as `vq_nearest` does (csrc/vq_fused.cpp). The Triton kernel scores z·c − |c|²/2, both minus the mean code,
-on tensor cores in three TF32 products, and keeps the two best of each token. Where rounding could have swapped them, a
-second loop takes float64 distances to all codes that are close enough. So the index is that of the float64 distances,
-but for their own rounding. Statistics are summed in the order of the tokens, without atomics. No GPU has run this yet.
+The CPU searches as `vq_nearest` does (csrc/vq_fused.cpp). The Triton kernel scores z·c − |c|²/2, both minus the mean
+code, on tensor cores in three TF32 products, and keeps the two best of each token. Where rounding could have swapped
+them, a second loop takes float64 distances to all codes that are close enough. So the index is that of the float64
+distances, but for their own rounding. Statistics are summed in the order of the tokens, without atomics, in a second
+pass over tokens sorted by code. No GPU has run this yet.
 """
 
 from __future__ import annotations
@@ -64,6 +65,13 @@ def vq_decode_ref(
 
 
 @triton.jit
+def _place(token, D, H, W):
+    """Batch index, d, h, w of tokens in B, D, H, W order; 64-bit."""
+    b, d, h, w = token // W // H // D, token // W // H % D, token // W % H, token % W
+    return b.to(tl.int64), d.to(tl.int64), h.to(tl.int64), w.to(tl.int64)
+
+
+@triton.jit
 def _search(
     z, codes, centred, bias, centre, radius, K,
     C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr,
@@ -93,8 +101,8 @@ def _search(
     index = tl.min(tl.where(best == top[:, None], code, 2147483647), 1)
     second = tl.max(tl.where(code == index[:, None], other, best), 1)
 
-    # See vq_nearest_slack in csrc/vq_nearest.h. In units of u = 2⁻²⁴ a TF32 triple is off by 64 of |xᵢyᵢ|, and a sum on a
-    # tensor core, which truncates, by 4 per term.
+    # See vq_nearest_slack in csrc/vq_nearest.h. In units of u = 2⁻²⁴ a TF32 triple is off by at most 64 of |xᵢyᵢ|, and
+    # a sum on a tensor core, which truncates, by 4 per term.
     a, r = tl.sqrt(tl.sum(x * x, 1)), tl.load(radius)
     slack = 2.2 * (96 + 4 * BLOCK_C) * 5.9604645e-8 * (a * r + 0.5 * r * r) + 1e-36 * BLOCK_C * (1 + a + r)
     close = ~(second < top - slack)  # also where anything is NaN
@@ -111,13 +119,13 @@ def _search(
             wanted = ~(score < limit[:, None])
             if tl.max(tl.max(wanted.to(tl.int32), 1), 0) > 0:
                 for start in range(first, first + BLOCK_K, EXACT):
-                    k = start + tl.arange(0, EXACT)
-                    kept = (k < K)[:, None] & (c < C)[None, :]
-                    difference = z64[:, None, :] - tl.load(codes + k[:, None] * C + c[None, :], kept, other=0.0)[None]
+                    n = start + tl.arange(0, EXACT)
+                    kept = (n < K)[:, None] & (c < C)[None, :]
+                    difference = z64[:, None, :] - tl.load(codes + n[:, None] * C + c[None, :], kept, other=0.0)[None]
                     distance = tl.sum(difference * difference, 2)
-                    distance = tl.where((k < K)[None, :] & (distance < float("inf")), distance, float("inf"))
+                    distance = tl.where((n < K)[None, :] & (distance < float("inf")), distance, float("inf"))
                     least = tl.min(distance, 1)
-                    number = tl.min(tl.where(distance == least[:, None], k[None, :], 2147483647), 1)
+                    number = tl.min(tl.where(distance == least[:, None], n[None, :], 2147483647), 1)
                     exact = tl.where(least < nearest, number, exact)
                     nearest = tl.minimum(nearest, least)
         index = tl.where(close, exact, index)
@@ -131,10 +139,10 @@ def _encode_kernel(
     SEARCH: tl.constexpr, ROWS: tl.constexpr,
     C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)
     mask = (token < tokens)[:, None] & (c < C)[None, :]
-    w, h, d, b = token % W, token // W % H, token // (W * H) % D, token // (W * H * D)
+    b, d, h, w = _place(token, D, H, W)
     patch = ((b * (D // q) + d // q) * (H // q) + h // q) * (W // q) + w // q
     source = patch * stride_n + d % q * stride_d + h % q * stride_h + w % q * stride_w
     f = tl.load(features + source[:, None] + (c.to(tl.int64) * stride_c)[None, :], mask, other=0.0).to(tl.float32)
@@ -148,7 +156,7 @@ def _encode_kernel(
         tl.store(index + token, k, token < tokens)
         if ROWS:
             row = tl.load(codes + k[:, None] * C + c[None, :], mask, other=0.0)
-            tl.store(rows + token[:, None] * C + c[None, :], row, mask)
+            tl.store(rows + token.to(tl.int64)[:, None] * C + c[None, :], row, mask)
 
 
 @triton.jit
@@ -158,10 +166,10 @@ def _decode_kernel(
     UNSCALE: tl.constexpr, BLOCK_M: tl.constexpr,
     C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    token = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)
     mask = (token < tokens)[:, None] & (c < C)[None, :]
-    w, h, d, b = token % W, token // W % H, token // (W * H) % D, token // (W * H * D)
+    b, d, h, w = _place(token, D, H, W)
     source = b * stride_b + d * stride_d + h * stride_h + w * stride_w
     z = tl.load(latent + source[:, None] + (c.to(tl.int64) * stride_c)[None, :], mask, other=0.0)
     if UNSCALE:
@@ -171,7 +179,11 @@ def _decode_kernel(
     for first in range(0, M, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
         kept = (token < tokens)[:, None] & (m < M)[None, :]
-        tl.store(rows + token[:, None] * M + m, tl.load(table + k[:, None] * M + m[None, :], kept, other=0.0), kept)
+        tl.store(
+            rows + token.to(tl.int64)[:, None] * M + m,
+            tl.load(table + k[:, None] * M + m[None, :], kept, other=0.0),
+            kept,
+        )
 
 
 def _configuration(channels: int) -> dict[str, int]:
@@ -293,8 +305,8 @@ def vq_encode(
     size: d, h, w of a latent, multiples of q; n = B·(d/q)·(h/q)·(w/q).
     Returns the latent float32 [B, C, d, h, w], contiguous; the index int64 [B, d, h, w], or None without codes; if
     wanted, the code rows float32 [B, C, d, h, w] in channels-last memory format; if wanted, the statistics float32
-    [K, C + 1]: sum of each code's tokens, then their number. The latent and the rows, whose gradient goes to the latent,
-    are once differentiable in features, weight and bias.
+    [K, C + 1]: sum of each code's tokens, then their number. The latent and the rows, whose gradient goes to the
+    latent, are differentiable in features, weight and bias.
     Raises TypeError for other dtypes, ValueError for other shapes.
     """
     for name, tensor in (("features", features), ("weight", weight), ("bias", bias)):

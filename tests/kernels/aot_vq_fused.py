@@ -23,7 +23,7 @@ def _case(kernel, name: str, dtype: str, channels: int, **flags: int) -> dict:
         elif argument in ("half", "low"):
             signature[argument] = "fp32"
         else:
-            signature[argument] = "i64" if "stride" in argument or argument == "tokens" else "i32"
+            signature[argument] = "i64" if "stride" in argument else "i32"
     return {
         "name": f"{name} {dtype}, codes of {channels}",
         "kernel": kernel,
@@ -38,6 +38,4 @@ _SIZES = [("fp32", 8), ("fp16", 8), ("bf16", 8), ("fp32", 4), ("fp32", 16), ("fp
 CASES = [_case(_encode_kernel, "vq_encode", dtype, c, SEARCH=True, ROWS=True) for dtype, c in _SIZES]
 CASES += [_case(_encode_kernel, "vq_encode without codes", "bf16", 8, SEARCH=False, ROWS=False)]
 CASES += [_case(_decode_kernel, "vq_decode", dtype, c, UNSCALE=True, BLOCK_M=16) for dtype, c in _SIZES[:4]]
-CASES += [
-    _case(_decode_kernel, "vq_decode, wide table", dtype, c, UNSCALE=False, BLOCK_M=64) for dtype, c in _SIZES[4:]
-]
+CASES += [_case(_decode_kernel, "vq_decode, wide", dtype, c, UNSCALE=False, BLOCK_M=64) for dtype, c in _SIZES[4:]]
