@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_VALUES = (*_FLOATS, torch.int16, torch.uint8)
+_VALUES = (*_FLOATS, torch.float64, torch.int16, torch.uint8)
 _BLOCK = 1024
 
 
@@ -211,16 +211,16 @@ def patchify(
 ) -> Tensor:
     """The patches of a volume, or those from `start` to before `stop`, as slices count.
 
-    x: [B, C, D, H, W], float32, bfloat16, float16, int16 or uint8, any strides; B or C may be 0, D, H, W may not.
+    x: [B, C, D, H, W], float64, float32, bfloat16, float16, int16 or uint8, any strides; D, H, W at least 1.
     patch: p, at least 1; C·p³ below 2³¹.
-    dtype: of the result, a floating one; None is x's, or float32 for integers.
+    dtype: of the result, float32, bfloat16 or float16; None is x's if it is one of them, else float32.
     window: the values of x that become −1 and 1; the rest is clipped. None leaves values as they are.
     Returns [n, C, p, p, p] in channels-last memory format.
     Raises TypeError for other dtypes, ValueError for other shapes, an empty axis, a window without low < high.
     """
     dtype = dtype or (x.dtype if x.dtype in _FLOATS else torch.float32)
     if x.dtype not in _VALUES:
-        raise TypeError(f"patchify: x must be float32, bfloat16, float16, int16 or uint8, got {x.dtype}")
+        raise TypeError(f"patchify: x must be float64, float32, bfloat16, float16, int16 or uint8, got {x.dtype}")
     if dtype not in _FLOATS:
         raise TypeError(f"patchify: dtype must be float32, bfloat16 or float16, got {dtype}")
     if x.ndim != 5 or 0 in x.shape[2:]:
@@ -240,7 +240,7 @@ def stitch(patches: Tensor, size: tuple[int, int, int], dtype: torch.dtype | Non
 
     patches: [n, C, p, p, p], float32, bfloat16 or float16, any strides; n = B·⌈D / p⌉·⌈H / p⌉·⌈W / p⌉.
     size: D, H, W; what the patches have beyond is dropped.
-    dtype: of the result, a floating one; None is the patches'.
+    dtype: of the result, one of these; None is the patches'.
     Returns [B, C, D, H, W] in channels-last memory format.
     Raises TypeError for other dtypes, ValueError for other shapes and for patches that do not make up whole volumes.
     """

@@ -30,10 +30,14 @@ from .vq_nearest import vq_nearest_ref
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_CHANNELS = 64
+_MAX_TOKENS = 2**31 - 64
 
 
-def _statistics(latent: Tensor, index: Tensor, n_codes: int) -> Tensor:
-    """Sum of each code's tokens, then their number: float32 [K, C + 1], summed in the order of the tokens."""
+def code_statistics(latent: Tensor, index: Tensor, n_codes: int) -> Tensor:
+    """Sum of the tokens of each code, then their number, float32 [K, C + 1]; deterministic on any device.
+
+    latent: float32 [B, C, D, H, W]; index: int64 [B, D, H, W], each in [0, n_codes) unless n_codes is 0.
+    """
     code, order = index.flatten().sort(stable=True)
     tokens = latent.movedim(1, -1).flatten(0, -2)[order]
     ends = torch.searchsorted(code, torch.arange(n_codes + 1, device=code.device))
@@ -52,7 +56,7 @@ def vq_encode_ref(
         return latent, *_vq_encode_fake(features, weight, bias, codes, d, h, w, rows, statistics)[1:]
     index = vq_nearest_ref(latent, codes)
     found = codes[index] if rows else latent.new_empty(0, d, h, w, codes.shape[1])
-    return latent, index, found, _statistics(latent, index, len(codes) if statistics else 0)
+    return latent, index, found, code_statistics(latent, index, len(codes) if statistics else 0)
 
 
 def vq_decode_ref(
@@ -134,17 +138,17 @@ def _search(
 
 @triton.jit
 def _encode_kernel(
-    features, weight, vector, latent, index, rows, codes, centred, bias, centre, radius, K, tokens, q, D, H, W,
+    features, weight, vector, latent, index, rows, codes, centred, bias, centre, radius, K, tokens, D, H, W,
     stride_n, stride_c, stride_d, stride_h, stride_w,
-    SEARCH: tl.constexpr, ROWS: tl.constexpr,
+    SEARCH: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr,
     C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)
     mask = (token < tokens)[:, None] & (c < C)[None, :]
     b, d, h, w = _place(token, D, H, W)
-    patch = ((b * (D // q) + d // q) * (H // q) + h // q) * (W // q) + w // q
-    source = patch * stride_n + d % q * stride_d + h % q * stride_h + w % q * stride_w
+    patch = ((b * (D // Q) + d // Q) * (H // Q) + h // Q) * (W // Q) + w // Q
+    source = patch * stride_n + d % Q * stride_d + h % Q * stride_h + w % Q * stride_w
     f = tl.load(features + source[:, None] + (c.to(tl.int64) * stride_c)[None, :], mask, other=0.0).to(tl.float32)
     square = (c < C)[:, None] & (c < C)[None, :]
     z = tl.dot(f, tl.load(weight + c[None, :] * C + c[:, None], square, other=0.0), input_precision="tf32x3")
@@ -209,12 +213,12 @@ def _launch_encode(
     tokens, channels = latent.shape[0] * d * h * w, features.shape[1]
     if tokens > 0:
         blocks = _configuration(channels)
-        flags = {"SEARCH": len(codes) > 0, "ROWS": rows, "C": channels}
+        flags = {"SEARCH": len(codes) > 0, "ROWS": rows, "Q": features.shape[2], "C": channels}
         _encode_kernel[(triton.cdiv(tokens, blocks["BLOCK_T"]),)](
             features, weight.contiguous(), bias.contiguous(), latent, index, found, *_prepare(codes), len(codes),
-            tokens, features.shape[2], d, h, w, *features.stride(), **flags, **blocks,
+            tokens, d, h, w, *features.stride(), **flags, **blocks,
         )  # fmt: skip
-    return latent, index, found, _statistics(latent, index, len(codes) if statistics else 0)
+    return latent, index, found, code_statistics(latent, index, len(codes) if statistics else 0)
 
 
 def _launch_decode(
@@ -321,6 +325,8 @@ def vq_encode(
         raise ValueError(f"vq_encode: weight and bias must be {wanted}, got {tuple(weight.shape)}, {tuple(bias.shape)}")
     if len(size) != 3 or min(size) < 1 or q < 1 or any(length % q for length in size):
         raise ValueError(f"vq_encode: size must be three positive multiples of {q}, got {tuple(size)}")
+    if n * q**3 >= _MAX_TOKENS:
+        raise ValueError(f"vq_encode: features must hold fewer than {_MAX_TOKENS} tokens, got {n * q**3}")
     if n * q**3 % math.prod(size):
         raise ValueError(f"vq_encode: {n} patches of {q}³ make no volumes of {tuple(size)}")
     if codes is None:
@@ -354,6 +360,8 @@ def vq_decode(
     if latent.ndim != 5 or not 1 <= latent.shape[1] <= _MAX_CHANNELS:
         wanted = f"[B, C, D, H, W] with C from 1 to {_MAX_CHANNELS}"
         raise ValueError(f"vq_decode: latent must be {wanted}, got {tuple(latent.shape)}")
+    if latent[:, 0].numel() >= _MAX_TOKENS:
+        raise ValueError(f"vq_decode: latent must hold fewer than {_MAX_TOKENS} tokens, got {latent[:, 0].numel()}")
     _check_codes("vq_decode", codes, latent.shape[1])
     if table.ndim != 2 or table.shape[0] != codes.shape[0] or table.shape[1] < 1:
         raise ValueError(f"vq_decode: table must be [{len(codes)}, M] with M >= 1, got {tuple(table.shape)}")

@@ -35,7 +35,7 @@ def _case(kernel, name: str, dtype: str, channels: int, **flags: int) -> dict:
 
 
 _SIZES = [("fp32", 8), ("fp16", 8), ("bf16", 8), ("fp32", 4), ("fp32", 16), ("fp32", 32), ("fp32", 64)]
-CASES = [_case(_encode_kernel, "vq_encode", dtype, c, SEARCH=True, ROWS=True) for dtype, c in _SIZES]
-CASES += [_case(_encode_kernel, "vq_encode without codes", "bf16", 8, SEARCH=False, ROWS=False)]
+CASES = [_case(_encode_kernel, "vq_encode", dtype, c, SEARCH=True, ROWS=True, Q=8) for dtype, c in _SIZES]
+CASES += [_case(_encode_kernel, "vq_encode without codes", "bf16", 8, SEARCH=False, ROWS=False, Q=16)]
 CASES += [_case(_decode_kernel, "vq_decode", dtype, c, UNSCALE=True, BLOCK_M=16) for dtype, c in _SIZES[:4]]
 CASES += [_case(_decode_kernel, "vq_decode, wide", dtype, c, UNSCALE=False, BLOCK_M=64) for dtype, c in _SIZES[4:]]
