@@ -24,6 +24,7 @@ from torch import Tensor
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _VALUES = (*_FLOATS, torch.float64, torch.int16, torch.uint8)
 _BLOCK = 1024
+_UNFUSED = {"enable_fp_fusion": False}  # the map rounds as on the CPU
 
 
 def _grid(size: torch.Size | tuple[int, ...], patch: int) -> list[int]:
@@ -53,14 +54,15 @@ def patchify_ref(
 
 def stitch_ref(patches: Tensor, batch: int, d: int, h: int, w: int, start: int, dtype: torch.dtype) -> Tensor:
     """The volumes of which `patches` are those from `start` on; zeros where the others belong."""
-    p, (gd, gh, gw) = patches.shape[2], _grid((d, h, w), patches.shape[2])
+    c, p = patches.shape[1:3]
+    gd, gh, gw = _grid((d, h, w), p)
     if patches.shape[0] != batch * gd * gh * gw:
         whole = patches.new_zeros(batch * gd * gh * gw, *patches.shape[1:])
         whole[start : start + patches.shape[0]] = patches
         patches = whole
     volume = _stitch_fake(patches, batch, d, h, w, start, dtype)
-    cells = patches.reshape(batch, gd, gh, gw, -1, p, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7)
-    return volume.copy_(cells.reshape(batch, -1, gd * p, gh * p, gw * p)[:, :, :d, :h, :w])
+    cells = patches.reshape(batch, gd, gh, gw, c, p, p, p).permute(0, 4, 1, 5, 2, 6, 3, 7)
+    return volume.copy_(cells.reshape(batch, c, gd * p, gh * p, gw * p)[:, :, :d, :h, :w])
 
 
 @triton.jit
@@ -125,7 +127,7 @@ def _launch_patchify(
     if programs > 0 and c > 0:
         whole = d % patch == h % patch == w % patch == 0
         flags = {"MAP": gain != 0, "WHOLE": whole, "EDGE": edge, "C": c, "P": patch, "BLOCK": _BLOCK}
-        _patchify_kernel[(programs,)](x, patches, start, d, h, w, *x.stride(), low, gain, **flags)
+        _patchify_kernel[(programs,)](x, patches, start, d, h, w, *x.stride(), low, gain, **flags, **_UNFUSED)
     return patches
 
 

@@ -12,8 +12,8 @@ Ties give the lowest index, tokens with a NaN index 0. There is no token × code
 The CPU searches as `vq_nearest` does (csrc/vq_fused.cpp). The Triton kernel scores z·c − |c|²/2, both minus the mean
 code, on tensor cores in three TF32 products, and keeps the two best of each token. Where rounding could have swapped
 them, a second loop takes float64 distances to all codes that are close enough. So the index is that of the float64
-distances, but for their own rounding. Statistics are summed in the order of the tokens, without atomics, in a second
-pass over tokens sorted by code. No GPU has run this yet.
+distances, summed channel by channel, on any device. Statistics are summed in the order of the tokens, without atomics,
+in a second pass over tokens sorted by code. No GPU has run this yet.
 """
 
 from __future__ import annotations
@@ -31,12 +31,13 @@ from .vq_nearest import vq_nearest_ref
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _MAX_CHANNELS = 64
 _MAX_TOKENS = 2**31 - 64
+_UNFUSED = {"enable_fp_fusion": False}  # float64 distances round as on the CPU
 
 
 def code_statistics(latent: Tensor, index: Tensor, n_codes: int) -> Tensor:
     """Sum of the tokens of each code, then their number, float32 [K, C + 1]; deterministic on any device.
 
-    latent: float32 [B, C, D, H, W]; index: int64 [B, D, H, W], each in [0, n_codes) unless n_codes is 0.
+    latent: float32 [B, C, D, H, W]; index: int64 [B, D, H, W], each in [0, n_codes).
     """
     code, order = index.flatten().sort(stable=True)
     tokens = latent.movedim(1, -1).flatten(0, -2)[order]
@@ -52,11 +53,12 @@ def vq_encode_ref(
     z = torch.einsum("oc,ncdhw->nodhw", weight, features.float()) + bias[:, None, None, None]
     batch = z.shape[0] * z.shape[2] ** 3 // (d * h * w)
     latent = stitch_ref(z, batch, d, h, w, 0, torch.float32).contiguous()
-    if len(codes) == 0:
-        return latent, *_vq_encode_fake(features, weight, bias, codes, d, h, w, rows, statistics)[1:]
-    index = vq_nearest_ref(latent, codes)
-    found = codes[index] if rows else latent.new_empty(0, d, h, w, codes.shape[1])
-    return latent, index, found, code_statistics(latent, index, len(codes) if statistics else 0)
+    _, index, found, sums = _vq_encode_fake(features, weight, bias, codes, d, h, w, rows, statistics)
+    if len(codes) > 0:
+        index = vq_nearest_ref(latent, codes)
+        found = codes[index] if rows else found
+        sums = code_statistics(latent, index, len(codes)) if statistics else sums
+    return latent, index, found, sums
 
 
 def vq_decode_ref(
@@ -78,7 +80,7 @@ def _place(token, D, H, W):
 @triton.jit
 def _search(
     z, codes, centred, bias, centre, radius, K,
-    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr,
+    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Index of the code nearest to each row of z [BLOCK_T, BLOCK_C], whose columns from C on are 0.
 
@@ -112,7 +114,6 @@ def _search(
     close = ~(second < top - slack)  # also where anything is NaN
     if tl.max(close.to(tl.int32), 0) > 0:
         limit = tl.where(close, top - slack, float("inf"))
-        z64 = z.to(tl.float64)
         nearest = tl.full([BLOCK_T], float("inf"), tl.float64)
         exact = tl.zeros([BLOCK_T], tl.int32)
         for first in range(0, K, BLOCK_K):
@@ -122,16 +123,16 @@ def _search(
             score += tl.load(bias + k, k < K, other=float("-inf"))[None, :]
             wanted = ~(score < limit[:, None])
             if tl.max(tl.max(wanted.to(tl.int32), 1), 0) > 0:
-                for start in range(first, first + BLOCK_K, EXACT):
-                    n = start + tl.arange(0, EXACT)
-                    kept = (n < K)[:, None] & (c < C)[None, :]
-                    difference = z64[:, None, :] - tl.load(codes + n[:, None] * C + c[None, :], kept, other=0.0)[None]
-                    distance = tl.sum(difference * difference, 2)
-                    distance = tl.where((n < K)[None, :] & (distance < float("inf")), distance, float("inf"))
-                    least = tl.min(distance, 1)
-                    number = tl.min(tl.where(distance == least[:, None], n[None, :], 2147483647), 1)
-                    exact = tl.where(least < nearest, number, exact)
-                    nearest = tl.minimum(nearest, least)
+                distance = tl.zeros([BLOCK_T, BLOCK_K], tl.float64)
+                for i in range(C):
+                    zi = tl.sum(tl.where((c == i)[None, :], z, 0.0), 1).to(tl.float64)
+                    difference = zi[:, None] - tl.load(codes + k * C + i, k < K, other=0.0).to(tl.float64)[None, :]
+                    distance += difference * difference
+                distance = tl.where((k < K)[None, :] & (distance < float("inf")), distance, float("inf"))
+                least = tl.min(distance, 1)
+                number = tl.min(tl.where(distance == least[:, None], k[None, :], 2147483647), 1)
+                exact = tl.where(least < nearest, number, exact)
+                nearest = tl.minimum(nearest, least)
         index = tl.where(close, exact, index)
     return index
 
@@ -141,7 +142,7 @@ def _encode_kernel(
     features, weight, vector, latent, index, rows, codes, centred, bias, centre, radius, K, tokens, D, H, W,
     stride_n, stride_c, stride_d, stride_h, stride_w,
     SEARCH: tl.constexpr, ROWS: tl.constexpr, Q: tl.constexpr,
-    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr,
+    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)
@@ -156,7 +157,7 @@ def _encode_kernel(
     target = (b[:, None] * C + c[None, :]) * D + d[:, None]
     tl.store(latent + (target * H + h[:, None]) * W + w[:, None], z, mask)
     if SEARCH:
-        k = _search(z, codes, centred, bias, centre, radius, K, C, BLOCK_T, BLOCK_K, BLOCK_C, EXACT).to(tl.int64)
+        k = _search(z, codes, centred, bias, centre, radius, K, C, BLOCK_T, BLOCK_K, BLOCK_C).to(tl.int64)
         tl.store(index + token, k, token < tokens)
         if ROWS:
             row = tl.load(codes + k[:, None] * C + c[None, :], mask, other=0.0)
@@ -168,7 +169,7 @@ def _decode_kernel(
     latent, table, index, rows, half, low, codes, centred, bias, centre, radius, K, tokens, D, H, W, M,
     stride_b, stride_c, stride_d, stride_h, stride_w,
     UNSCALE: tl.constexpr, BLOCK_M: tl.constexpr,
-    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr, EXACT: tl.constexpr,
+    C: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     c = tl.arange(0, BLOCK_C)
@@ -178,7 +179,7 @@ def _decode_kernel(
     z = tl.load(latent + source[:, None] + (c.to(tl.int64) * stride_c)[None, :], mask, other=0.0)
     if UNSCALE:
         z = tl.where((c < C)[None, :], (z + 1.0) * half + low, 0.0)
-    k = _search(z, codes, centred, bias, centre, radius, K, C, BLOCK_T, BLOCK_K, BLOCK_C, EXACT).to(tl.int64)
+    k = _search(z, codes, centred, bias, centre, radius, K, C, BLOCK_T, BLOCK_K, BLOCK_C).to(tl.int64)
     tl.store(index + token, k, token < tokens)
     for first in range(0, M, BLOCK_M):
         m = first + tl.arange(0, BLOCK_M)
@@ -193,7 +194,7 @@ def _decode_kernel(
 def _configuration(channels: int) -> dict[str, int]:
     """Block sizes and warps, chosen by the registers that the compiler reports; no GPU has timed them."""
     width = max(16, triton.next_power_of_2(channels))
-    return {"BLOCK_T": 64, "BLOCK_K": 64, "BLOCK_C": width, "EXACT": 64 // width, "num_warps": 4}
+    return {"BLOCK_T": 1024 // width, "BLOCK_K": 64 if width < 64 else 32, "BLOCK_C": width, "num_warps": 4}
 
 
 def _prepare(codes: Tensor) -> tuple[Tensor, ...]:
@@ -209,16 +210,18 @@ def _prepare(codes: Tensor) -> tuple[Tensor, ...]:
 def _launch_encode(
     features: Tensor, weight: Tensor, bias: Tensor, codes: Tensor, d: int, h: int, w: int, rows: bool, statistics: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    latent, index, found, _ = _vq_encode_fake(features, weight, bias, codes, d, h, w, rows, statistics)
+    latent, index, found, sums = _vq_encode_fake(features, weight, bias, codes, d, h, w, rows, statistics)
     tokens, channels = latent.shape[0] * d * h * w, features.shape[1]
     if tokens > 0:
         blocks = _configuration(channels)
         flags = {"SEARCH": len(codes) > 0, "ROWS": rows, "Q": features.shape[2], "C": channels}
         _encode_kernel[(triton.cdiv(tokens, blocks["BLOCK_T"]),)](
             features, weight.contiguous(), bias.contiguous(), latent, index, found, *_prepare(codes), len(codes),
-            tokens, d, h, w, *features.stride(), **flags, **blocks,
+            tokens, d, h, w, *features.stride(), **flags, **blocks, **_UNFUSED,
         )  # fmt: skip
-    return latent, index, found, code_statistics(latent, index, len(codes) if statistics else 0)
+    if statistics and len(codes) > 0:
+        sums = code_statistics(latent, index, len(codes))
+    return latent, index, found, sums
 
 
 def _launch_decode(
@@ -233,7 +236,7 @@ def _launch_decode(
         _decode_kernel[(triton.cdiv(index.numel(), blocks["BLOCK_T"]),)](
             latent, table.contiguous(), index, rows, half, low, *_prepare(codes), len(codes), index.numel(),
             *latent.shape[2:], table.shape[1], *latent.stride(), UNSCALE=scaled, BLOCK_M=width, C=latent.shape[1],
-            **blocks,
+            **blocks, **_UNFUSED,
         )  # fmt: skip
     return index, rows
 

@@ -16,7 +16,7 @@ from meddiff.kernels.patchify import patchify, stitch
 from meddiff.volume import IntensityScale
 
 GPU = torch.cuda.is_available()
-# copies are exact; the map to [-1, 1] is float32 that a GPU may fuse, then rounded to the result's dtype
+# copies and the map to [-1, 1] are exact, sums onto the edge and the rounding of gradients are not
 TOLERANCE = {torch.float32: 3e-7, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int16, torch.uint8]
 
@@ -117,10 +117,8 @@ def test_window_is_that_of_the_intensity_scale(dtype: torch.dtype, target: torch
     x = volume((1, 2, 5, 3, 4), dtype)
     wanted = definition(IntensityScale(low, high).normalize(x), 3)
     got = PATCHIFY[name](x, 3, 0, 4, target, low, 2 / (high - low), True)
-    assert got.dtype == target and (got.double() - wanted).abs().max() <= TOLERANCE[target]
-    assert got.abs().max() <= 1
-    if name == "cpu":
-        assert torch.equal(got, wanted.to(target))
+    assert got.dtype == target and torch.equal(got, wanted.to(target))
+    assert got.abs().max() == 1
 
 
 @pytest.mark.parametrize("name", PATCHIFY)
@@ -297,7 +295,7 @@ def test_compile_fullgraph():
     ],
 )
 def test_argument_errors(x: Tensor, arguments: dict, error: type[Exception], message: str):
-    with pytest.raises(error, match=f"patchify: {message}"):
+    with pytest.raises(error, match=f"patchify: .*{message}"):
         patchify(x, **{"patch": 2} | arguments)
 
 
@@ -328,7 +326,7 @@ def test_cuda_tensors_have_kernels():
 def test_cuda(shape: tuple[int, ...], patch: int, dtype: torch.dtype, target: torch.dtype):
     for x in (volume(shape, dtype), *layouts(volume(shape, dtype)).values()):
         got = patchify(x.cuda(), patch, target, window=(-80, 150))
-        assert (got.cpu().double() - patchify(x, patch, torch.float32, (-80, 150))).abs().max() <= TOLERANCE[target]
+        assert torch.equal(got.cpu(), patchify(x, patch, target, (-80, 150)))
         plain = patchify(x.cuda(), patch, torch.float32)
         assert torch.equal(stitch(plain, shape[2:]).cpu(), x.float())
 
