@@ -107,10 +107,11 @@ def _search(
     index = tl.min(tl.where(best == top[:, None], code, 2147483647), 1)
     second = tl.max(tl.where(code == index[:, None], other, best), 1)
 
-    # See vq_nearest_slack in csrc/vq_nearest.h. In units of u = 2⁻²⁴ a TF32 triple is off by at most 64 of |xᵢyᵢ|, and
-    # a sum on a tensor core, which truncates, by 4 per term.
+    # See vq_nearest_slack in csrc/vq_nearest.h, also for float64's own rounding. In units of u = 2⁻²⁴ a TF32 triple is
+    # off by at most 64 of |xᵢyᵢ|, and a sum on a tensor core, which truncates, by 4 per term.
     a, r = tl.sqrt(tl.sum(x * x, 1)), tl.load(radius)
-    slack = 2.2 * (96 + 4 * BLOCK_C) * 5.9604645e-8 * (a * r + 0.5 * r * r) + 1e-36 * BLOCK_C * (1 + a + r)
+    slack = 2.2 * (96 + 4 * BLOCK_C) * 5.9604645e-8 * (a * r + 0.5 * r * r)
+    slack += 1.3e-16 * (BLOCK_C + 4) * (a + r) * (a + r) + 1e-36 * BLOCK_C * (1 + a + r)
     close = ~(second < top - slack)  # also where anything is NaN
     if tl.max(close.to(tl.int32), 0) > 0:
         limit = tl.where(close, top - slack, float("inf"))
