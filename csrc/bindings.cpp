@@ -5,6 +5,15 @@ STABLE_TORCH_LIBRARY(meddiff, m) {
   m.def("vq_nearest(Tensor z, Tensor codes) -> Tensor");
   // the same on the CPU with one of cpu_isas()
   m.def("_vq_nearest_isa(Tensor z, Tensor codes, str isa) -> Tensor");
+  // features [n, C, q, q, q], weight [C, C], bias [C], codes [K, C] -> latent [B, C, d, h, w], index [B, d, h, w],
+  // code rows [B, d, h, w, C] and, for each code, sum of its tokens and their number [K, C + 1]; float32 but features
+  // and index. Rows and statistics that are not wanted are empty, and all but the latent without codes.
+  m.def(
+      "_vq_encode(Tensor features, Tensor weight, Tensor bias, Tensor codes, SymInt d, SymInt h, SymInt w, bool rows, "
+      "bool statistics) -> (Tensor, Tensor, Tensor, Tensor)");
+  // latent [B, C, D, H, W] float32, un-scaled if there are extremes, codes [K, C] float32, table [K, M] of any type
+  // -> index [B, D, H, W] and table rows [B, D, H, W, M]
+  m.def("_vq_decode(Tensor latent, float? minimum, float? maximum, Tensor codes, Tensor table) -> (Tensor, Tensor)");
   // qkv [B, D, H, W, 3·C] -> [B, D, H, W, C], and the same with the log-sum-exp, float32 [B, heads, D, H, W]
   m.def("window_attention(Tensor qkv, int heads, int window) -> Tensor");
   m.def("_window_attention(Tensor qkv, int heads, int window) -> (Tensor, Tensor)");

@@ -5,66 +5,16 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <limits>
 #include <string>
 #include <vector>
 
+#include "vq_codebook.h"
 #include "vq_nearest_check.h"
 
 namespace meddiff {
 namespace {
 
 using torch::stable::Tensor;
-
-std::vector<const VqNearestIsa*> supported_isas() {
-  std::vector<const VqNearestIsa*> isas;
-#if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) isas.push_back(&kVqNearestAvx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back(&kVqNearestAvx2);
-#endif
-  isas.push_back(&kVqNearestPortable);
-  return isas;
-}
-
-// The codebook [K, C] in the two layouts that the search reads.
-struct Codebook {
-  std::vector<float> centre, rows, columns;
-  double radius = 0;
-
-  Codebook(const float* codes, int64_t n_codes, int64_t channels) : centre(channels) {
-    const int64_t blocks = (n_codes + kVqBlock - 1) / kVqBlock;
-    rows.resize(blocks * kVqBlock * (1 + channels));
-    columns.resize(blocks * kVqBlock * channels, std::numeric_limits<float>::quiet_NaN());
-
-    std::vector<double> sum(channels);
-    for (int64_t k = 0; k < n_codes; ++k)
-      for (int64_t c = 0; c < channels; ++c) sum[c] += codes[k * channels + c];
-    for (int64_t c = 0; c < channels; ++c) centre[c] = static_cast<float>(sum[c] / static_cast<double>(n_codes));
-
-    for (int64_t k = 0; k < blocks * kVqBlock; ++k) {
-      float* row = rows.data() + k * (1 + channels);
-      if (k >= n_codes) {
-        row[0] = -HUGE_VALF;
-        continue;
-      }
-      double square = 0;
-      for (int64_t c = 0; c < channels; ++c) {
-        const float code = codes[k * channels + c];
-        columns[(k / kVqBlock * channels + c) * kVqBlock + k % kVqBlock] = code;
-        row[1 + c] = code - centre[c];
-        square += static_cast<double>(row[1 + c]) * row[1 + c];
-      }
-      row[0] = static_cast<float>(-0.5 * square);
-      // a NaN or infinite code makes the filter useless: everything is then evaluated exactly
-      if (!(square <= radius)) radius = square < HUGE_VAL ? square : HUGE_VAL;
-    }
-    radius = std::sqrt(radius);
-  }
-};
-
-struct alignas(64) CacheLine {
-  float floats[16];
-};
 
 Tensor search(const Tensor& z, const Tensor& codes_in, const VqNearestIsa& isa) {
   check_vq_nearest(z, codes_in);
@@ -98,19 +48,19 @@ Tensor search(const Tensor& z, const Tensor& codes_in, const VqNearestIsa& isa) 
 }
 
 Tensor vq_nearest(const Tensor& z, const Tensor& codes) {
-  static const VqNearestIsa& best = *supported_isas().front();
+  static const VqNearestIsa& best = *vq_nearest_isas().front();
   return search(z, codes, best);
 }
 
 Tensor vq_nearest_isa(const Tensor& z, const Tensor& codes, const std::string& name) {
-  for (const VqNearestIsa* isa : supported_isas())
+  for (const VqNearestIsa* isa : vq_nearest_isas())
     if (name == isa->name) return search(z, codes, *isa);
   STD_TORCH_CHECK(false, "_vq_nearest_isa: isa must be one of torch.ops.meddiff.cpu_isas(), got ", name);
 }
 
 std::vector<std::string> cpu_isas() {
   std::vector<std::string> names;
-  for (const VqNearestIsa* isa : supported_isas()) names.emplace_back(isa->name);
+  for (const VqNearestIsa* isa : vq_nearest_isas()) names.emplace_back(isa->name);
   return names;
 }
 

@@ -212,10 +212,10 @@ class Volume:
         if self.record is not None:
             write_json(path.with_name(path.name.removesuffix(".gz").removesuffix(".nii") + ".json"), self.record)
 
-    def to_tensor(self) -> torch.Tensor:
-        """A new float32 tensor [1, 1, D, H, W] in [-1, 1], contiguous, on the CPU."""
-        values = np.array(file_to_tensor_axes(self.data), order="C")
-        return self.intensity.normalize(torch.from_numpy(values))[None, None]
+    def to_tensor(self, scaled: bool = True) -> torch.Tensor:
+        """A new float32 tensor [1, 1, D, H, W], contiguous, on the CPU: in [-1, 1], or if not `scaled` as it is."""
+        values = torch.from_numpy(np.array(file_to_tensor_axes(self.data), order="C"))[None, None]
+        return self.intensity.normalize(values) if scaled else values
 
     @classmethod
     def from_tensor(

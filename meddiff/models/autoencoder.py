@@ -14,6 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meddiff.config import AutoencoderConfig
+from meddiff.kernels.patchify import patchify
+from meddiff.kernels.vq_fused import vq_decode, vq_encode
 from meddiff.models.blocks import GroupNorm, attend_over_volume, conv1, conv3, down_conv, up_conv
 from meddiff.models.codebook import Codebook
 from meddiff.models.streaming import SlabDecoder, slab_bytes
@@ -166,47 +168,53 @@ class PatchVolumeAutoencoder(nn.Module):
     def device(self) -> torch.device:
         return self.pre_vq_conv.weight.device
 
-    def encode(self, x: Tensor, patch_batch: int | None = None, progress: bool = False) -> Tensor:
+    def encode(
+        self,
+        x: Tensor,
+        patch_batch: int | None = None,
+        progress: bool = False,
+        window: tuple[float, float] | None = None,
+    ) -> Tensor:
         """Encode a volume patch by patch.
 
         Args:
-            x: [B, 1, D, H, W] in [-1, 1], any floating dtype and any device; patches are moved one batch at a time.
-                A size that is no multiple of the patch is padded with its edge values, at the far end of each axis.
+            x: [B, 1, D, H, W] in [-1, 1], any floating dtype, strides and device; patches are moved one batch at a
+                time. A size that is no multiple of the patch is padded with its edge values, at the far end of each
+                axis.
             patch_batch: patches per batch; None chooses a number that fits the device's free memory.
             progress: show a progress bar.
+            window: the values of x that become -1 and 1, where x is in original units and may be int16 or uint8.
 
         Returns:
             The latent before quantisation, float32 [B, 8, d, h, w] with d = ceil(D / p) · p / f.
 
         Raises:
             ValueError: if x is not [B, 1, D, H, W] or empty.
-            TypeError: if x is not a floating tensor.
+            TypeError: if x is not a floating tensor and has no window.
         """
-        channels, p, f = self.config.image_channels, self.config.patch_size, self.config.downsample
-        if x.ndim != 5 or x.shape[1] != channels or x.numel() == 0:
-            raise ValueError(f"encode: x must be a non-empty [B, {channels}, D, H, W], got {tuple(x.shape)}")
-        if not x.is_floating_point():
-            raise TypeError(f"encode: x must be a floating tensor scaled to [-1, 1], got {x.dtype}")
-        grid = [math.ceil(n / p) for n in x.shape[2:]]
-        padding = [g * p - n for g, n in zip(grid, x.shape[2:])]
-        if any(padding):
-            x = F.pad(x, (0, padding[2], 0, padding[1], 0, padding[0]), mode="replicate")
-        if patch_batch is None:
-            patch_batch = self._patches_that_fit()
+        features, size = self._encode_patches(x, patch_batch, progress, window)
+        return vq_encode(features, self.pre_vq_conv.weight, self.pre_vq_conv.bias, None, size)[0]
 
-        q = p // f
-        latent = x.new_empty(
-            (x.shape[0], self.config.embedding_dim, *(g * q for g in grid)), dtype=torch.float32, device=self.device
-        )
-        cells = list(product(range(x.shape[0]), *map(range, grid)))
-        starts = range(0, len(cells), patch_batch)
-        for start in bar("encoding")(starts) if progress else starts:
-            batch = cells[start : start + patch_batch]
-            patches = torch.cat([x[b : b + 1, :, i * p :, j * p :, k * p :][..., :p, :p, :p] for b, i, j, k in batch])
-            z = self.pre_vq_conv(self.encoder(patches.to(self.device, self.dtype)))
-            for (b, i, j, k), patch in zip(batch, z):
-                latent[b, :, i * q :, j * q :, k * q :][..., :q, :q, :q] = patch
-        return latent
+    def encode_to_codes(
+        self,
+        x: Tensor,
+        patch_batch: int | None = None,
+        progress: bool = False,
+        window: tuple[float, float] | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """`encode` and `quantize` in one: latent, indices int64 [B, d, h, w], code rows float32 [B, 8, d, h, w]."""
+        return self.quantize_patches(*self._encode_patches(x, patch_batch, progress, window))[:3]
+
+    def quantize_patches(
+        self, features: Tensor, size: Sequence[int], statistics: bool = False
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """The encoder's patches [n, 8, q, q, q], `pre_vq_conv`, and the codes of the latents [B, 8, *size] they make.
+
+        Returns latent, indices and code rows, which have the latent's gradient, and if wanted the statistics that
+        `Codebook.update` takes; see `meddiff.kernels.vq_fused.vq_encode`.
+        """
+        conv, codes = self.pre_vq_conv, self.codebook.embeddings
+        return vq_encode(features, conv.weight, conv.bias, codes, tuple(size), rows=True, statistics=statistics)
 
     def quantize(self, latent: Tensor) -> tuple[Tensor, Tensor]:
         """Latent [B, 8, d, h, w] → (indices int64 [B, d, h, w], code rows float32 [B, 8, d, h, w])."""
@@ -248,7 +256,7 @@ class PatchVolumeAutoencoder(nn.Module):
                 f"decode: indices must lie in [0, {self.config.n_codes}), got {low} to {high}; "
                 "do they belong to this codebook?"
             )
-        rows = self.codebook.lookup(indices.to(self.device))
+        rows = F.embedding(indices.to(self.device), self._code_table()).permute(0, 4, 1, 2, 3)
         if joint:
             return self._decode_jointly(rows, memory_budget, progress)
 
@@ -263,15 +271,39 @@ class PatchVolumeAutoencoder(nn.Module):
             (rows.shape[0], self.config.image_channels, *(n * f for n in rows.shape[2:])), dtype=self.dtype
         )
         for i, j, k in product(*(range(0, n, t) for n in rows.shape[2:])):
-            piece = self._decode_rows(rows[:, :, i : i + t, j : j + t, k : k + t])
+            piece = self.decoder(rows[:, :, i : i + t, j : j + t, k : k + t])
             d, h, w = piece.shape[2:]
             volume[:, :, i * f :, j * f :, k * f :][..., :d, :h, :w] = piece
         return volume
 
+    def decode_latent(self, latent: Tensor, memory_budget: int | None = None, progress: bool = False) -> Tensor:
+        """Decode a latent in the denoiser's range, jointly: un-scaled, quantised and decoded.
+
+        Args:
+            latent: float [B, 8, d, h, w], as `LatentScale.scale` makes it.
+            memory_budget, progress: as for `decode`.
+
+        Returns:
+            [B, 1, f·d, f·h, f·w] in the model's dtype.
+
+        Raises:
+            ValueError: for a wrong or empty shape.
+            MemoryError: as `decode`.
+        """
+        channels = self.config.embedding_dim
+        if latent.ndim != 5 or latent.shape[1] != channels or latent.numel() == 0:
+            raise ValueError(
+                f"decode_latent: latent must be a non-empty [B, {channels}, d, h, w], got {tuple(latent.shape)}"
+            )
+        scale = self.codebook.latent_scale()
+        extremes = (scale.minimum, scale.maximum)
+        _, rows = vq_decode(latent.to(self.device), self.codebook.embeddings, self._code_table(), extremes)
+        return self._decode_jointly(rows, memory_budget, progress)
+
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct x [B, 1, D, H, W]: encode, quantise, decode jointly, crop to x's size."""
         d, h, w = x.shape[-3:]
-        return self.decode(self.quantize(self.encode(x))[0])[..., :d, :h, :w]
+        return self.decode(self.encode_to_codes(x)[1])[..., :d, :h, :w]
 
     def _decode_jointly(self, rows: Tensor, budget: int | None, progress: bool) -> Tensor:
         size = (rows.shape[0], *rows.shape[2:])
@@ -281,7 +313,7 @@ class PatchVolumeAutoencoder(nn.Module):
             budget = free if budget is None else min(budget, free)
         if budget is None or self.joint_decode_bytes(size) <= budget:
             with convolution_progress(self.decoder, size, "decoding") if progress else nullcontext():
-                return self._decode_rows(rows)
+                return self.decoder(rows)
         in_flight, least = self.slab_decode_bytes(size)
         if least > budget:
             voxels = "×".join(str(n * self.config.downsample) for n in size[1:])
@@ -291,7 +323,7 @@ class PatchVolumeAutoencoder(nn.Module):
                 "or use bfloat16 where float32 is set"
             )
         wrap = bar("decoding") if progress else iter
-        return SlabDecoder(self.decoder, budget - in_flight, progress=wrap)(self.post_vq_conv(rows.to(self.dtype)))
+        return SlabDecoder(self.decoder, budget - in_flight, progress=wrap)(rows)
 
     def joint_decode_bytes(self, size: Sequence[int]) -> int:
         """About how much memory decoding a latent of (B, d, h, w) in whole tensors takes at its peak, beside weights.
@@ -310,8 +342,30 @@ class PatchVolumeAutoencoder(nn.Module):
         in_flight = 2 * batch * d * h * w * self.dtype.itemsize + slab_bytes(d, width * h * w * self.dtype.itemsize)
         return in_flight, in_flight + 2 * width * (d * h * w // 8) * self.dtype.itemsize
 
-    def _decode_rows(self, rows: Tensor) -> Tensor:
-        return self.decoder(self.post_vq_conv(rows.to(self.dtype)))
+    def _encode_patches(
+        self, x: Tensor, patch_batch: int | None, progress: bool, window: tuple[float, float] | None
+    ) -> tuple[Tensor, tuple[int, int, int]]:
+        """The encoder's output for all patches of x, and the size of the latents that they make up."""
+        channels, p = self.config.image_channels, self.config.patch_size
+        if x.ndim != 5 or x.shape[1] != channels or x.numel() == 0:
+            raise ValueError(f"encode: x must be a non-empty [B, {channels}, D, H, W], got {tuple(x.shape)}")
+        if not x.is_floating_point() and window is None:
+            raise TypeError(f"encode: x must be a floating tensor scaled to [-1, 1], got {x.dtype}; or give its window")
+        grid = [math.ceil(n / p) for n in x.shape[2:]]
+        if patch_batch is None:
+            patch_batch = self._patches_that_fit()
+        starts = range(0, x.shape[0] * math.prod(grid), patch_batch)
+        features = []
+        for start in bar("encoding")(starts) if progress else starts:
+            patches = patchify(x, p, self.dtype, window, start, start + patch_batch)
+            features.append(self.encoder(patches.to(self.device)))
+        d, h, w = (g * (p // self.config.downsample) for g in grid)
+        return torch.cat(features), (d, h, w)
+
+    def _code_table(self) -> Tensor:
+        """What `post_vq_conv` makes of every code: [n_codes, 8] in the model's dtype."""
+        conv = self.post_vq_conv
+        return F.linear(self.codebook.embeddings.to(self.dtype), conv.weight.flatten(1), conv.bias)
 
     def _patches_that_fit(self) -> int:
         """On a GPU as many patches as half of its free memory holds; on a CPU one, which stays in cache."""

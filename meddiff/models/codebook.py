@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from meddiff.kernels.vq_nearest import vq_nearest
+from meddiff.kernels.vq_fused import vq_decode
 
 
 @dataclass(frozen=True)
@@ -79,17 +78,12 @@ class Codebook(nn.Module):
         low, high = self.embeddings.aminmax()
         return LatentScale(low.item(), high.item())
 
-    def lookup(self, indices: Tensor) -> Tensor:
-        """Indices int64 [B, D, H, W] → code rows float32 [B, C, D, H, W] (channels-last)."""
-        return F.embedding(indices, self.embeddings).permute(0, 4, 1, 2, 3)
-
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Latent [B, C, D, H, W] → (indices int64 [B, D, H, W], code rows float32 [B, C, D, H, W]).
 
-        The nearest code by squared Euclidean distance in float32, the lowest index on a tie.
+        The nearest code by squared Euclidean distance, the lowest index on a tie; without gradient.
         """
-        indices = vq_nearest(z, self.embeddings)
-        return indices, self.lookup(indices)
+        return vq_decode(z, self.embeddings, self.embeddings)
 
     @torch.no_grad()
     def initialise(self, z: Tensor, least_use: float = 1.0) -> None:
@@ -113,24 +107,22 @@ class Codebook(nn.Module):
         self.N.fill_(least_use)
 
     @torch.no_grad()
-    def update(self, z: Tensor, indices: Tensor, least_use: float = 1.0) -> Tensor:
+    def update(self, z: Tensor, statistics: Tensor, least_use: float = 1.0) -> Tensor:
         """One step of the moving averages, over all processes of torch.distributed.
 
         A code whose average use has fallen below `least_use` is replaced by a random latent of the batch.
 
         Args:
             z: latents [B, C, D, H, W], before quantisation.
-            indices: their nearest codes, int64 [B, D, H, W].
+            statistics: float32 [K, C + 1]: sum of the latents nearest to each code, then their number; see
+                `meddiff.kernels.vq_fused.vq_encode`. Changed where there are several processes.
             least_use: uses per step.
 
         Returns:
             The perplexity of the batch's code usage, a scalar from 1 (one code) to K (all alike).
         """
         tokens = z.float().movedim(1, -1).flatten(0, -2)
-        index = indices.flatten()
         n_codes = len(self.embeddings)
-        sums = torch.zeros_like(self.embeddings).index_add_(0, index, tokens)
-        statistics = torch.cat([sums, torch.bincount(index, minlength=n_codes)[:, None].to(sums)], dim=1)
         if dist.is_initialized():
             dist.all_reduce(statistics)
         counts = statistics[:, -1]
@@ -145,11 +137,6 @@ class Codebook(nn.Module):
 
         share = counts / counts.sum()
         return torch.exp(-torch.special.xlogy(share, share).sum())
-
-
-def straight_through(z: Tensor, rows: Tensor) -> Tensor:
-    """The code rows, with the gradient of z (van den Oord et al. 2017); both float [B, C, D, H, W]."""
-    return z + (rows - z).detach()
 
 
 def _from_first_process(tensor: Tensor) -> Tensor:

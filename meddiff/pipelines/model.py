@@ -148,9 +148,7 @@ class MedDiffusion:
     @torch.inference_mode()
     def decode_latent(self, latent: Tensor) -> Tensor:
         """Sampled latent, float [B, 8, d, h, w] in the denoiser's range → volume float32 [B, 1, D, H, W] in [-1, 1]."""
-        z = self.autoencoder.codebook.latent_scale().unscale(latent.to(self.device, torch.float32))
-        indices, _ = self.autoencoder.quantize(z)
-        return self._decode(indices)
+        return self.autoencoder.decode_latent(latent, progress=True).float().clamp_(-1, 1)
 
     def generate(
         self,
@@ -227,8 +225,10 @@ class MedDiffusion:
     @torch.inference_mode()
     def encode(self, volume: Volume) -> EncodedVolume:
         """Encode a volume patch by patch, keeping all that `decode` needs to give it back in place."""
-        latent = self.autoencoder.encode(volume.to_tensor(), progress=True)
-        indices, _ = self.autoencoder.quantize(latent)
+        window = (volume.intensity.low, volume.intensity.high)
+        latent, indices, _ = self.autoencoder.encode_to_codes(
+            volume.to_tensor(scaled=False), progress=True, window=window
+        )
         return EncodedVolume(
             indices=indices[0].cpu(),
             latent=latent[0].cpu(),

@@ -15,7 +15,6 @@ from torch.utils.data import DataLoader
 
 from meddiff.checkpoint import load_component, save_component
 from meddiff.models import PatchVolumeAutoencoder
-from meddiff.models.codebook import straight_through
 from meddiff.report import save_comparison
 from meddiff.training.data import Draws, VolumeDataset, list_volumes, patch_draw, volume_draw
 from meddiff.training.discriminator import PatchDiscriminator
@@ -45,19 +44,18 @@ class _Reconstruction(nn.Module):
             for frozen in (autoencoder.encoder, autoencoder.pre_vq_conv):
                 frozen.requires_grad_(False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """x [B, 1, D, H, W] → reconstruction, latent, indices, code rows."""
-        a = self.autoencoder
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """x [B, 1, D, H, W] → reconstruction, latent, code rows, in stage 1 the codes' statistics."""
+        a, statistics = self.autoencoder, None
         if self.stage == 1:
-            z = a.pre_vq_conv(a.encoder(x)).float()
+            features = a.encoder(x)  # a patch is a volume of its own
+            if not a.codebook.initialised:
+                a.codebook.initialise(a.pre_vq_conv(features.detach()), self.least_use)
+            z, _, rows, statistics = a.quantize_patches(features, features.shape[2:], statistics=True)
         else:
             with torch.no_grad():
-                z = a.encode(x)
-        if not a.codebook.initialised:
-            a.codebook.initialise(z.detach(), self.least_use)
-        indices, rows = a.quantize(z.detach())
-        q = straight_through(z, rows) if self.stage == 1 else rows
-        return a.decoder(a.post_vq_conv(q)).float(), z, indices, rows
+                z, _, rows = a.encode_to_codes(x)
+        return a.decoder(a.post_vq_conv(rows)).float(), z, rows, statistics
 
 
 def train_autoencoder(options: AutoencoderTraining) -> Path:
@@ -111,7 +109,7 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
         generating = not adversarial or (step - options.discriminator_start) % 2 == 0
 
         if generating:
-            y, z, indices, rows = model(x)
+            y, z, rows, statistics = model(x)
             losses = {"l1": F.l1_loss(y, x)}
             loss = options.l1_weight * losses["l1"]
             if options.stage == 1:
@@ -139,7 +137,7 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
             optimizer.step()
             optimizer.zero_grad()
             if options.stage == 1:
-                losses["perplexity"] = codebook.update(z.detach(), indices, options.least_use)
+                losses["perplexity"] = codebook.update(z.detach(), statistics, options.least_use)
             losses["psnr"] = -10 * torch.log10((y - x).detach().square().mean() / 4)
             run.log(step, loss=loss, **losses)
             if preview := run.preview(step):

@@ -100,5 +100,4 @@ def _sample(
     """A sample [D, H, W] in [-1, 1]."""
     y = torch.tensor([class_index])
     latent = sample_latent(denoiser, schedule, size, y, steps=options.preview_steps, seed=options.seed)
-    indices, _ = autoencoder.quantize(autoencoder.codebook.latent_scale().unscale(latent))
-    return autoencoder.decode(indices)[0, 0].clamp(-1, 1)
+    return autoencoder.decode_latent(latent)[0, 0].clamp(-1, 1)

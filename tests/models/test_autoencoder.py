@@ -12,6 +12,7 @@ from meddiff.config import PRESETS
 from meddiff.models import LatentScale, PatchVolumeAutoencoder
 from meddiff.models.autoencoder import AttentionBlock, ResBlock
 from meddiff.models.streaming import SlabDecoder
+from meddiff.volume import IntensityScale
 
 TINY = PRESETS["tiny"].autoencoder
 MANIFEST = json.loads((Path(__file__).parents[1] / "data" / "state_dict_manifest.json").read_text())
@@ -84,6 +85,32 @@ def test_other_sizes_are_padded_with_edge_values_and_cropped(autoencoder):
     out = autoencoder(x)
     assert out.shape == x.shape
     torch.testing.assert_close(out, autoencoder(padded)[:, :, :17, :5, :30])
+
+
+def test_original_units_of_any_dtype_and_strides(autoencoder):
+    scale = IntensityScale(-900, 1100)
+    x = torch.randint(-1000, 1200, (1, 1, 30, 17, 16), dtype=torch.int16, generator=torch.Generator().manual_seed(0))
+    wanted = autoencoder.encode(scale.normalize(x))
+    turned = x.permute(4, 3, 2, 1, 0).contiguous().permute(4, 3, 2, 1, 0)
+    for voxels in (x, turned, turned.double()):
+        assert torch.equal(autoencoder.encode(voxels, window=(scale.low, scale.high)), wanted)
+
+
+def test_encoding_to_codes_is_encoding_and_quantising(autoencoder):
+    x = torch.rand(2, 1, 20, 16, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latent, indices, rows = autoencoder.encode_to_codes(x)
+    assert torch.equal(latent, autoencoder.encode(x))
+    wanted = autoencoder.quantize(latent)
+    assert torch.equal(indices, wanted[0]) and torch.equal(rows, wanted[1])
+
+
+def test_decoding_a_latent_is_decoding_its_codes(autoencoder):
+    z = torch.randn(1, 8, 2, 3, 2, generator=torch.Generator().manual_seed(0))
+    wanted = autoencoder.decode(autoencoder.quantize(z)[0])
+    scaled = autoencoder.codebook.latent_scale().scale(z)
+    torch.testing.assert_close(autoencoder.decode_latent(scaled), wanted)
+    rows = autoencoder.post_vq_conv(autoencoder.quantize(z)[1])
+    torch.testing.assert_close(wanted, autoencoder.decoder(rows), rtol=1e-4, atol=1e-5)
 
 
 def test_a_batch_is_two_runs_of_one(autoencoder):
@@ -178,6 +205,8 @@ def test_errors_say_what_was_wanted(autoencoder):
         autoencoder.decode(torch.zeros(2, 2, 2, dtype=torch.int64))
     with pytest.raises(ValueError, match="multiple of 8"):
         autoencoder.decode(torch.zeros(1, 2, 2, 2, dtype=torch.int64), joint=False, tile=12)
+    with pytest.raises(ValueError, match=r"\[B, 8, d, h, w\], got \(1, 4, 2, 2, 2\)"):
+        autoencoder.decode_latent(torch.zeros(1, 4, 2, 2, 2))
 
 
 def test_too_little_memory_is_said_beforehand(autoencoder):

@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from meddiff.kernels.vq_fused import code_statistics
 from meddiff.models import PatchVolumeAutoencoder
-from meddiff.models.codebook import Codebook, straight_through
+from meddiff.models.codebook import Codebook
 
 
 def latent(*values: list[float]) -> Tensor:
@@ -42,7 +43,7 @@ def test_update_is_the_moving_average():
     codebook.embeddings.copy_(codebook.embeddings[order]), codebook.z_avg.copy_(codebook.z_avg[order])
     codebook.N.fill_(10), codebook.z_avg.mul_(10)
     z = latent([1.0, 0.0], [1.0, 2.0], [5.0, 3.0])
-    perplexity = codebook.update(z, torch.tensor([0, 0, 1]).view(1, 3, 1, 1))
+    perplexity = codebook.update(z, code_statistics(z, torch.tensor([0, 0, 1]).view(1, 3, 1, 1), 2))
 
     n = torch.tensor([0.99 * 10 + 0.01 * 2, 0.99 * 10 + 0.01])
     z_avg = torch.tensor([[0.02, 0.02], [0.99 * 40 + 0.05, 0.99 * 40 + 0.03]])
@@ -57,19 +58,10 @@ def test_an_unused_code_becomes_a_token_of_the_batch():
     codebook = Codebook(3, 2)
     codebook.initialise(latent([0.0, 0.0], [1.0, 1.0], [2.0, 2.0]))
     codebook.N.copy_(torch.tensor([5.0, 5.0, 0.5]))
-    codebook.update(latent([7.0, 8.0], [7.0, 8.0]), torch.tensor([0, 1]).view(1, 2, 1, 1))
+    z = latent([7.0, 8.0], [7.0, 8.0])
+    codebook.update(z, code_statistics(z, torch.tensor([0, 1]).view(1, 2, 1, 1), 3))
     assert codebook.embeddings[2].tolist() == [7.0, 8.0]
     assert [7.0, 8.0] not in codebook.embeddings[:2].tolist()
-
-
-def test_straight_through_gives_rows_forward_and_the_latents_gradient_backward():
-    with torch.enable_grad():
-        z, rows = torch.randn(1, 2, 2, 2, 2, requires_grad=True), torch.randn(1, 2, 2, 2, 2)
-        q = straight_through(z, rows)
-        weights = torch.randn_like(rows)
-        (q * weights).sum().backward()
-    torch.testing.assert_close(q, rows)
-    assert torch.equal(z.grad, weights)
 
 
 def test_modes_and_forward_passes_leave_the_codes_alone(tiny_autoencoder_config):
