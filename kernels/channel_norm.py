@@ -63,7 +63,8 @@ def _bwd_kernel(dy, x, gain, dx, partial, R, share, eps, C: tl.constexpr, BLOCK_
 
 def _configuration(channels: int) -> dict[str, int]:
     width = triton.next_power_of_2(channels)
-    return {"C": channels, "BLOCK_R": max(1, 2048 // width), "BLOCK_C": width, "num_warps": 4}
+    warps = 4 if width <= 2048 else 8
+    return {"C": channels, "BLOCK_R": max(1, 2048 // width), "BLOCK_C": width, "num_warps": warps}
 
 
 def _launch_forward(x: Tensor, gain: Tensor, eps: float) -> Tensor:

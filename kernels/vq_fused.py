@@ -195,7 +195,8 @@ def _decode_kernel(
 def _configuration(channels: int) -> dict[str, int]:
     """Block sizes and warps, chosen by the registers that the compiler reports; no GPU has timed them."""
     width = max(16, triton.next_power_of_2(channels))
-    return {"BLOCK_T": 1024 // width, "BLOCK_K": 64 if width < 64 else 32, "BLOCK_C": width, "num_warps": 4}
+    blocks = {"BLOCK_T": 1024 // width, "BLOCK_C": width}
+    return blocks | {"BLOCK_K": 32 if width < 64 else 64, "num_warps": 8 if width == 32 else 4}
 
 
 def _prepare(codes: Tensor) -> tuple[Tensor, ...]:

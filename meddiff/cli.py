@@ -50,7 +50,7 @@ def generate(
 
     Args:
         out: NIfTI file to write (.nii or .nii.gz); a .json beside it says how the volume came about.
-        model: Model folder, or "organisation/name" on the Hugging Face hub; by default the small demo that ships.
+        model: Model folder, or "organisation/name" on the Hugging Face hub.
         untrained: Preset with random weights instead of a model (8x, 4x, tiny): it generates noise, for trials.
         anatomy: What to generate, see the list below; by default the first that the model was trained for.
         size: Voxels along the file's axes, such as 512 or 256x256x128; by default the first that it was trained for.
@@ -95,7 +95,7 @@ def reconstruct(
 
     Args:
         out: NIfTI file to write, with the same shape, orientation, affine and dtype.
-        model: Model folder, or "organisation/name" on the Hugging Face hub; by default the small demo that ships.
+        model: Model folder, or "organisation/name" on the Hugging Face hub.
         untrained: Preset with random weights instead of a model (8x, 4x, tiny): it gives noise, for trials.
         modality: CT (Hounsfield units) or MR; by default judged from the voxels.
         low: Intensity that maps to -1; by default -1000 for CT, the 0.5th percentile for MR. Goes with high.
@@ -128,7 +128,7 @@ def encode(
 
     Args:
         out: File to write (.safetensors): code indices, latent, and the volume's geometry and intensities.
-        model: Model folder, or "organisation/name" on the Hugging Face hub; by default the small demo that ships.
+        model: Model folder, or "organisation/name" on the Hugging Face hub.
         untrained: Preset with random weights instead of a model (8x, 4x, tiny), for trials.
         modality: CT (Hounsfield units) or MR; by default judged from the voxels.
         low: Intensity that maps to -1; by default -1000 for CT, the 0.5th percentile for MR. Goes with high.
@@ -343,11 +343,11 @@ def _load(model: str | None, untrained: str | None, device: str | None, dtype: s
 
     from meddiff.pipelines import MedDiffusion
 
-    if model is not None and untrained is not None:
+    if (model is None) == (untrained is None):
         raise UsageError("give either --model DIR or --untrained PRESET (random weights)")
     precision = getattr(torch, dtype) if dtype else None
-    if untrained is None:
-        return MedDiffusion.from_pretrained(model or "demo", device, precision)
+    if model is not None:
+        return MedDiffusion.from_pretrained(model, device, precision)
     warnings.warn(f"--untrained {untrained}: random weights, so the result is noise", stacklevel=2)
     return MedDiffusion.untrained(untrained, device=device, dtype=precision)
 

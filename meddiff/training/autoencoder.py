@@ -21,7 +21,6 @@ from meddiff.training.discriminator import PatchDiscriminator
 from meddiff.training.engine import TrainingRun
 from meddiff.training.losses import (
     adversarial_loss,
-    anisotropy_loss,
     commitment_loss,
     feature_matching_loss,
     hinge_loss,
@@ -115,9 +114,6 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
             if options.stage == 1:
                 losses["commitment"] = commitment_loss(z, rows)
                 loss = loss + losses["commitment"]
-                if options.isotropy_weight:
-                    losses["anisotropy"] = anisotropy_loss(z)
-                    loss = loss + options.isotropy_weight * losses["anisotropy"]
             if perceptual is not None:
                 losses["perceptual"] = perceptual(y, x)
                 loss = loss + options.perceptual_weight * losses["perceptual"]

@@ -19,19 +19,6 @@ def commitment_loss(z: Tensor, rows: Tensor) -> Tensor:
     return _COMMITMENT * F.mse_loss(z.float(), rows.detach().float())
 
 
-def anisotropy_loss(z: Tensor) -> Tensor:
-    """How far the covariance of the latents z [B, C, D, H, W] is from a multiple of the identity: 0 where it is one.
-
-    Mean square of the entries of C·Σ / tr Σ − 1. Latents that vary along a line, as they soon do where air and tissue
-    are told apart first, make the nearest code blind to all their other directions (after Bardes et al. 2022).
-    """
-    tokens = z.float().movedim(1, -1).flatten(0, -2)
-    centred = tokens - tokens.mean(0)
-    covariance = centred.mT @ centred
-    n = len(covariance)
-    return (covariance * (n / covariance.trace().clamp_min(1e-12)) - torch.eye(n, device=z.device)).square().mean()
-
-
 def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
     """The discriminator's loss: mean of max(0, 1 - real) + mean of max(0, 1 + fake), of logits of any shape.
 

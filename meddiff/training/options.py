@@ -85,7 +85,6 @@ class AutoencoderTraining(RunOptions):
         least_use: Uses per step below which a code is replaced (moving average); where a step has few latents for each
             code, one that is low enough for codes to last.
         l1_weight: Weight of the voxels' L1 distance.
-        isotropy_weight: Weight of a loss that keeps latents from varying along one line (stage 1).
         perceptual: Perceptual loss: none, lpips or medicalnet.
         perceptual_weights: File with the weights of its network; by default they are downloaded.
         perceptual_weight: Weight of the perceptual loss.
@@ -106,7 +105,6 @@ class AutoencoderTraining(RunOptions):
     cache: str | None = None
     least_use: float = 1.0
     l1_weight: float = 4.0
-    isotropy_weight: float = 0.0
     perceptual: Literal["none", "lpips", "medicalnet"] = "none"
     perceptual_weights: str | None = None
     perceptual_weight: float = 2.0
@@ -156,7 +154,7 @@ class EvaluationOptions:
     Args:
         out: JSON file to write.
         data: Folder of NIfTI files, or a .csv or .json list with `file` and perhaps modality, low and high.
-        model: Model folder, folder of an autoencoder, hub repository, or demo.
+        model: Model folder, folder of an autoencoder, or hub repository.
         spacing: mm along X, Y, Z to which volumes are resampled; by default they stay as they are.
         disjoint: Whether every patch is decoded by itself, too, to compare.
         generated: Folder or list of generated volumes, for FID and MMD against data.
@@ -167,7 +165,7 @@ class EvaluationOptions:
 
     out: str
     data: str
-    model: str = "demo"
+    model: str
     spacing: tuple[float, float, float] | None = None
     disjoint: bool = False
     generated: str | None = None

@@ -13,7 +13,8 @@ def _case(kernel, name: str, source: str, target: str, side_by_side: str, **cons
         types["patches"] = f"*{source}"
     types |= dict.fromkeys(constexprs, "constexpr")
     return {
-        "name": f"{name} {source} to {target}, {constexprs['C']} of {constexprs['P']}³",
+        "name": f"{name} {source} to {target}, {constexprs['C']} of {constexprs['P']}³"
+        + ("" if constexprs.get("WHOLE", True) else ", padded"),
         "kernel": kernel,
         "signature": {a: types.get(a, "i64" if "stride" in a else "i32") for a in kernel.arg_names},
         "constexprs": constexprs,
