@@ -1,6 +1,8 @@
-"""Write the README's table of results from benchmarks/results/*.jsonl: the newest line of each case on each device.
+"""Write the tables of results: whole jobs into the README, everything into benchmarks/results/README.md.
 
-python benchmarks/report.py
+    python benchmarks/report.py
+
+A row is the newest line of its case on its device in benchmarks/results/*.jsonl. An operator that no GPU has run says so.
 """
 
 from __future__ import annotations
@@ -10,30 +12,58 @@ import json
 from common import RESULTS, ROOT
 
 _BEGIN, _END = "<!-- results: written by benchmarks/report.py -->\n", "<!-- end of results -->\n"
+_JOBS = ("autoencoder", "biflownet_step", "sample_512")
+_HEADER = ["case", "dtype", "time, p50", "peak memory", "× best peer", "device", "command"]
 
 
-def _seconds(milliseconds: float) -> str:
-    return f"{milliseconds / 1e3:.2f} s" if milliseconds >= 1e3 else f"{milliseconds:.0f} ms"
+def _time(milliseconds: float) -> str:
+    if milliseconds >= 1e3:
+        return f"{milliseconds / 1e3:.2f} s"
+    return f"{milliseconds:.0f} ms" if milliseconds >= 10 else f"{milliseconds:.1f} ms"
 
 
-def rows() -> list[str]:
-    newest = {}
+def newest() -> dict[tuple[str, ...], dict]:
+    """(device, benchmark, case, dtype) → its newest line."""
+    lines = {}
     for file in sorted(RESULTS.glob("*.jsonl")):
         for line in map(json.loads, file.read_text().splitlines()):
-            newest[line["device"], line["benchmark"], line["case"], line["dtype"]] = line
-    table = ["| case | dtype | time, p50 | peak memory | device | command |", "|---|---|---|---|---|---|"]
-    for (device, _, case, dtype), line in sorted(newest.items()):
-        peak = "–" if line["peak_bytes"] is None else f"{line['peak_bytes'] / 2**30:.2f} GiB"
-        place = f"{device}, PyTorch {line['versions']['torch']}"
-        table.append(f"| {case} | {dtype} | {_seconds(line['ms_p50'])} | {peak} | {place} | `{line['command']}` |")
-    return table
+            lines[line["device"], line["benchmark"], line["case"], line["dtype"]] = line
+    return dict(sorted(lines.items()))
+
+
+def row(line: dict, with_name: bool) -> list[str]:
+    """The best peer is the one that comes closest, or is furthest ahead."""
+    peers = {name[2:].replace("_", " "): ratio for name, ratio in line.items() if name.startswith("x_")}
+    best = min(peers, key=peers.get, default=None)
+    return [
+        f"{line['benchmark']}: {line['case']}" if with_name else line["case"],
+        line["dtype"],
+        _time(line["ms_p50"]),
+        "–" if line["peak_bytes"] is None else f"{line['peak_bytes'] / 2**30:.2f} GiB",
+        "–" if best is None else f"{peers[best]:.2f} ({best})",
+        f"{line['device']}, PyTorch {line['versions']['torch']}",
+        f"`{line['command']}`",
+    ]
+
+
+def table(rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [_HEADER, ["---"] * len(_HEADER), *rows])
 
 
 def main() -> None:
+    lines = newest()
+    everything = [row(line, with_name=True) for line in lines.values()]
+    on_gpu = {benchmark for device, benchmark, *_ in lines if "NVIDIA" in device}
+    for benchmark in sorted({benchmark for _, benchmark, *_ in lines} - on_gpu):
+        everything.append([benchmark, "", "not yet run on a GPU", "", "", "NVIDIA", "`benchmarks/on_gpu.sh`"])
+    text = "Every measured case; written by `python benchmarks/report.py` from the lines in this folder.\n\n"
+    (RESULTS / "README.md").write_text(text + table(everything))
+
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(_BEGIN)
     _, after = rest.split(_END)
-    readme.write_text(before + _BEGIN + "\n".join(rows()) + "\n" + _END + after)
+    jobs = table([row(line, with_name=False) for line in lines.values() if line["benchmark"] in _JOBS])
+    readme.write_text(before + _BEGIN + jobs + _END + after)
 
 
 if __name__ == "__main__":
