@@ -2,7 +2,7 @@
 
     python benchmarks/report.py
 
-A row is the newest line of its case on its device in benchmarks/results/*.jsonl. An operator that no GPU has run says so.
+A row is the newest line of its case on its device in benchmarks/results/*.jsonl. What no GPU has run yet says so.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def main() -> None:
     lines = newest()
     everything = [row(line, with_name=True) for line in lines.values()]
     on_gpu = {benchmark for device, benchmark, *_ in lines if "NVIDIA" in device}
-    for benchmark in sorted({benchmark for _, benchmark, *_ in lines} - on_gpu):
+    operators = {file.stem for file in (ROOT / "kernels").glob("[a-z]*.py")}
+    for benchmark in sorted((operators | {benchmark for _, benchmark, *_ in lines}) - on_gpu):
         everything.append([benchmark, "", "not yet run on a GPU", "", "", "NVIDIA", "`benchmarks/on_gpu.sh`"])
     text = "Every measured case; written by `python benchmarks/report.py` from the lines in this folder.\n\n"
     (RESULTS / "README.md").write_text(text + table(everything))
