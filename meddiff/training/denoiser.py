@@ -30,8 +30,8 @@ def train_denoiser(options: DenoiserTraining) -> Path:
     """Run to the last step, going on from the last checkpoint, if there is one: L1 distance to the noise.
 
     Returns the model folder `out`/model: the autoencoder, and the moving average of the denoiser; or `out` where it
-    stopped before. Raises ValueError and
-    CheckpointError for options, latents and autoencoders that cannot be used, FloatingPointError when it diverges.
+    stopped before. Raises ValueError and CheckpointError for options, latents and autoencoders that cannot be used,
+    FloatingPointError when it diverges.
     """
     run = TrainingRun(options)
     accelerator = run.accelerator

@@ -103,7 +103,8 @@ def reconstruction_scores(autoencoder: PatchVolumeAutoencoder, x: Tensor, disjoi
     indices, _ = autoencoder.quantize(autoencoder.encode(x))
     decoded = {"": autoencoder.decode(indices)}
     if disjoint:
-        with warnings.catch_warnings(action="ignore"):  # of the seams, which are wanted here
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the seams, which are wanted here
             decoded["disjoint_"] = autoencoder.decode(indices, joint=False, tile=patch)
     scores = {"seam_original": seam_score(x, patch)}
     for prefix, y in decoded.items():
@@ -190,8 +191,7 @@ def _extractor(
         def extract(x: Tensor) -> Tensor:
             return network((x - x.mean()) / x.std().clamp_min(1e-6)).cpu()
 
-    with weights.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    digest = hashlib.sha256(weights.read_bytes()).hexdigest()
     print(f"features: {options.features}, {weights.name}, SHA-256 {digest}")
     return extract, {"extractor": options.features, "weights": weights.name, "sha256": digest}
 
