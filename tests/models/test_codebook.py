@@ -64,6 +64,19 @@ def test_an_unused_code_becomes_a_token_of_the_batch():
     assert [7.0, 8.0] not in codebook.embeddings[:2].tolist()
 
 
+def test_the_threshold_of_use_can_be_lower():
+    codebook = Codebook(3, 2)
+    codebook.initialise(latent([0.0, 0.0], [1.0, 1.0], [2.0, 2.0]), least_use=0.25)
+    assert codebook.N.tolist() == [0.25] * 3
+    codebook.N.copy_(torch.tensor([0.5, 0.5, 0.1]))
+    codebook.z_avg.copy_(codebook.embeddings * codebook.N[:, None])
+    before = codebook.embeddings.clone()
+    z = latent([7.0, 8.0])
+    codebook.update(z, torch.zeros(3, 3), least_use=0.25)  # nothing was used
+    torch.testing.assert_close(codebook.embeddings[:2], before[:2], rtol=1e-5, atol=1e-5)
+    assert codebook.embeddings[2].tolist() == [7.0, 8.0]
+
+
 def test_modes_and_forward_passes_leave_the_codes_alone(tiny_autoencoder_config):
     autoencoder = PatchVolumeAutoencoder(tiny_autoencoder_config)
     x = torch.rand(1, 1, 16, 16, 16) * 2 - 1
