@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -29,32 +30,79 @@ from meddiff.training.losses import (
 from meddiff.training.options import AutoencoderTraining
 
 _BETAS = (0.5, 0.9)
+_PROBES = 8  # random directions that measure the decoder's derivative
 
 
 class _Reconstruction(nn.Module):
     """One forward pass of a stage, as one module, so that DDP and FSDP can wrap it."""
 
-    def __init__(self, autoencoder: PatchVolumeAutoencoder, stage: int, least_use: float) -> None:
+    def __init__(self, autoencoder: PatchVolumeAutoencoder, options: AutoencoderTraining) -> None:
         super().__init__()
         self.autoencoder = autoencoder
-        self.stage = stage
-        self.least_use = least_use
-        if stage == 2:
+        self.options = options
+        if options.stage == 2:
             for frozen in (autoencoder.encoder, autoencoder.pre_vq_conv):
                 frozen.requires_grad_(False)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    def forward(self, x: Tensor, quantize: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """x [B, 1, D, H, W] → reconstruction, latent, code rows, in stage 1 the codes' statistics."""
         a, statistics = self.autoencoder, None
-        if self.stage == 1:
+        if not quantize:
+            z = rows = a.pre_vq_conv(a.encoder(x))
+        elif self.options.stage == 1:
             features = a.encoder(x)  # a patch is a volume of its own
             if not a.codebook.initialised:
-                a.codebook.initialise(a.pre_vq_conv(features.detach()), self.least_use)
+                if self.options.quantize_start:
+                    equalize_latents(a, features)
+                a.codebook.initialise(a.pre_vq_conv(features.detach()), self.options.least_use)
             z, _, rows, statistics = a.quantize_patches(features, features.shape[2:], statistics=True)
         else:
             with torch.no_grad():
                 z, _, rows = a.encode_to_codes(x)
         return a.decoder(a.post_vq_conv(rows)).float(), z, rows, statistics
+
+
+@torch.enable_grad()
+def equalize_latents(autoencoder: PatchVolumeAutoencoder, features: Tensor) -> None:
+    """Give the latent the basis in which equal distances change the reconstruction equally, on average.
+
+    The nearest code is then the one that changes it least. Without it an encoder that has never met a codebook may
+    keep what matters in directions that are short beside others, where a code is blind to it. With J the decoder's
+    derivative the basis is the root of E[JᵀJ], and latents get mean 0 and variance 1; `pre_vq_conv` takes it in and
+    `post_vq_conv` its inverse, so that the reconstruction without quantisation stays what it is.
+
+    Args:
+        autoencoder: changed in place, on every process of torch.distributed alike.
+        features: [n, 8, q, q, q], the encoder's outputs of patches.
+    """
+    pre, post = autoencoder.pre_vq_conv, autoencoder.post_vq_conv
+    z = pre(features.detach()).float().detach().requires_grad_()
+    y = autoencoder.decoder(post(z))
+    tokens = z.detach().movedim(1, -1).flatten(0, -2).double()
+    mean = _mean_over_processes(tokens.mean(0))
+    covariance = _mean_over_processes((tokens - mean).T @ (tokens - mean) / len(tokens))
+    metric = torch.zeros_like(covariance)
+    for _ in range(_PROBES):  # Jᵀu of random u has the covariance E[JᵀJ]
+        (slope,) = torch.autograd.grad(y, z, torch.randn_like(y), retain_graph=True)
+        tokens = slope.movedim(1, -1).flatten(0, -2).double()
+        metric += tokens.T @ tokens
+    values, vectors = torch.linalg.eigh(_mean_over_processes(metric))
+    values = values.clamp_min(values[-1] * 1e-6)  # of a direction that the decoder ignores
+    basis = (vectors * values.sqrt()) @ vectors.T
+    basis /= ((basis @ covariance @ basis.T).trace() / len(basis)).sqrt()
+    with torch.no_grad():
+        post_weight = post.weight.double().flatten(1)
+        post.bias.add_(post_weight @ mean)
+        post.weight.copy_((post_weight @ basis.inverse()).view_as(post.weight))
+        pre.bias.copy_(basis @ (pre.bias.double() - mean))
+        pre.weight.copy_((basis @ pre.weight.double().flatten(1)).view_as(pre.weight))
+
+
+def _mean_over_processes(tensor: Tensor) -> Tensor:
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
 
 
 def train_autoencoder(options: AutoencoderTraining) -> Path:
@@ -76,7 +124,7 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
     config = autoencoder.config
     if options.stage == 2 and not autoencoder.codebook.initialised:
         raise ValueError(f"train_autoencoder: {options.initial}: its codebook was never trained; run stage 1 first")
-    model = _Reconstruction(autoencoder, options.stage, options.least_use)
+    model = _Reconstruction(autoencoder, options)
     discriminator = PatchDiscriminator(config.image_channels)
     adam = [
         torch.optim.Adam([p for p in part.parameters() if p.requires_grad], options.learning_rate, _BETAS)
@@ -107,11 +155,13 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
         adversarial = options.discriminator_start is not None and step >= options.discriminator_start
         generating = not adversarial or (step - options.discriminator_start) % 2 == 0
 
+        quantized = step >= options.quantize_start or options.stage == 2
+
         if generating:
-            y, z, rows, statistics = model(x)
+            y, z, rows, statistics = model(x, quantized)
             losses = {"l1": F.l1_loss(y, x)}
             loss = options.l1_weight * losses["l1"]
-            if options.stage == 1:
+            if statistics is not None:
                 losses["commitment"] = commitment_loss(z, rows)
                 loss = loss + losses["commitment"]
             if perceptual is not None:
@@ -132,7 +182,7 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
                 accelerator.clip_grad_norm_(model.parameters(), options.gradient_clip)
             optimizer.step()
             optimizer.zero_grad()
-            if options.stage == 1:
+            if statistics is not None:
                 losses["perplexity"] = codebook.update(z.detach(), statistics, options.least_use)
             losses["psnr"] = -10 * torch.log10((y - x).detach().square().mean() / 4)
             run.log(step, loss=loss, **losses)
@@ -140,7 +190,7 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
                 save_comparison([x[0, 0], y[0, 0]], preview)
         else:
             with torch.no_grad():
-                y = model(x)[0]
+                y = model(x, quantized)[0]
             (real, _), (fake, _) = discriminator(x), discriminator(y)
             loss = hinge_loss(real, fake)
             accelerator.backward(loss)

@@ -82,6 +82,8 @@ class AutoencoderTraining(RunOptions):
             2); by default they keep their size, padded to multiples of the patch, and a batch holds those of one size.
         on_bad: Whether a file that cannot be used is fatal, or named and skipped.
         cache: Folder for prepared volumes; by default in out.
+        quantize_start: Step at which quantisation starts (stage 1). Until then the decoder sees the latents themselves,
+            and learns to use all of their channels; then they are given the basis that suits the codes best.
         least_use: Uses per step below which a code is replaced (moving average); where a step has few latents for each
             code, one that is low enough for codes to last.
         l1_weight: Weight of the voxels' L1 distance.
@@ -103,6 +105,7 @@ class AutoencoderTraining(RunOptions):
     volume_size: tuple[int, int, int] | None = None
     on_bad: Literal["fail", "skip"] = "fail"
     cache: str | None = None
+    quantize_start: int = 0
     least_use: float = 1.0
     l1_weight: float = 4.0
     perceptual: Literal["none", "lpips", "medicalnet"] = "none"
