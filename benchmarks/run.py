@@ -18,6 +18,7 @@ from common import ROOT
 SETS = {
     "operators": (
         "bench_adaln.py",
+        "bench_channel_norm.py",
         "bench_diffusion_step.py",
         "bench_group_norm_silu.py",
         "bench_group_norm_silu.py --dtype bfloat16",
