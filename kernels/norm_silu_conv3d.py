@@ -1,4 +1,4 @@
-"""Convolution of a tile with what stands before and behind it: out = conv(pad(silu(x·scale + shift))) + bias + residual.
+"""Convolution of a tile and what stands around it: out = conv(pad(silu(x·scale + shift))) + bias + residual.
 
 x is a tile of a volume with its halo, scale and shift are a GroupNorm whose statistics are known, folded to one pair of
 numbers per sample and channel: scale = weight / √(var + eps), shift = bias − mean·scale. Zeros are added AFTER norm and

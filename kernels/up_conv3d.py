@@ -1,7 +1,7 @@
 """Transposed convolution 4³ with stride 2 and padding 1 of a tile, with the statistics of what is written.
 
-Output plane 2i takes input planes i − 1 (kernel plane 3) and i (1), plane 2i + 1 takes i (2) and i + 1 (0): a tile needs
-one input plane on each side, of zeros where the volume ends. On the CPU the convolution is oneDNN's, on a scratch tile.
+Output plane 2i takes input planes i − 1 (kernel plane 3) and i (1), plane 2i + 1 takes i (2) and i + 1 (0): a tile
+needs one input plane on each side, of zeros where the volume ends. On the CPU the convolution is oneDNN's, on a scratch tile.
 """
 
 from __future__ import annotations
@@ -12,7 +12,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .norm_silu_conv3d import _FUSED, _check_out, _check_tile, _dense, _nothing, _rows, _statistics, _zeros, scratch_tile
+from .norm_silu_conv3d import (
+    _FUSED,
+    _check_out,
+    _check_tile,
+    _dense,
+    _nothing,
+    _rows,
+    _statistics,
+    _zeros,
+    scratch_tile,
+)
 
 
 def up_conv3d_ref(x: Tensor, weight: Tensor, bias: Tensor | None, pads: Sequence[int]) -> tuple[Tensor, Tensor]:

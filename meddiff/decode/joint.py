@@ -337,7 +337,7 @@ class _Decoder:
         out: Tensor,
         statistics: Tensor | None,
     ) -> None:
-        """One tile of a transposed convolution that gives tensor t its size; the tile begins and ends at even planes."""
+        """One tile of a transposed convolution to the size of tensor t; it begins and ends at even planes."""
         places, pads = [], []
         for (first, last), n in zip((d, h, w), self.plan.shapes[t].size(self.plan.size)):
             places.append((max(first // 2 - 1, 0), min(last // 2 + 1, n // 2)))

@@ -1,7 +1,7 @@
 """The vocabulary of primitive layers that a decoder is written in, so that planning and running know no class of it.
 
-A chain is a sequence of layers. Tensor 0 is the latent, layer i writes tensor i + 1, and reads tensors that were written
-before. Tensors are [B, C, D, H, W]; weights may lie on the meta device where only a plan is wanted.
+A chain is a sequence of layers. Tensor 0 is the latent, layer i writes tensor i + 1, and reads tensors that were
+written before. Tensors are [B, C, D, H, W]; weights may lie on the meta device where only a plan is wanted.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ class Conv:
     """`conv(up(silu(norm(source)))) + shortcut(residual)`: norm, SiLU, nearest doubling and residual as they are given.
 
     weight: [O, C, 3, 3, 3] with zero padding 1, or [O, C, 1, 1, 1].
-    residual: the tensor that is added, [.., O, ..] as it is, or through the 1³ convolution residual_weight [O, R, 1, 1, 1].
+    residual: the tensor that is added, of O channels as it is, or of R through the 1³ convolution residual_weight
+        [O, R, 1, 1, 1].
     """
 
     name: str

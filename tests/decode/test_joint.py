@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import math
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 
 from meddiff.config import PRESETS, AutoencoderConfig
 from meddiff.decode import Attention, Conv, Norm, UpConv, decode_jointly, joint, make_plan
-from meddiff.decode.plan import _CUTS, KEPT, PARKED, RECOMPUTED, _Planner
+from meddiff.decode.plan import KEPT, PARKED, RECOMPUTED, _Planner
 from meddiff.models import PatchVolumeAutoencoder
 
 TINY = PRESETS["tiny"].autoencoder
@@ -146,7 +147,7 @@ def other_decoder():
     generator = torch.Generator().manual_seed(5)
 
     def draw(*shape):
-        return torch.randn(shape, generator=generator) / max(1, len(shape[1:]) and torch.tensor(shape[1:]).prod()) ** 0.5
+        return torch.randn(shape, generator=generator) / math.prod(shape[1:]) ** 0.5
 
     def norm(channels):
         return Norm(4, 1 + 0.1 * draw(channels), 0.1 * draw(channels), 1e-6)

@@ -84,6 +84,10 @@ def definition(tensors: dict[str, Tensor | None], flags: dict) -> Tensor:
     return y + F.conv3d(t["residual"], t["residual_weight"], t["residual_bias"])
 
 
+def at(x: Tensor, place) -> Tensor:
+    return x[(slice(None), slice(None), *place)]
+
+
 def tiles(whole: list[int], edge: int):
     return product(*[[(a, min(a + edge, n)) for a in range(0, n, edge)] for n in whole])
 
@@ -96,10 +100,10 @@ def run_tile(t: dict, flags: dict, tile: tuple, out: Tensor, statistics: Tensor 
         first, last = max(first - halo, 0), min(last + halo, n)
         place.append(slice(first // 2, (last + 1) // 2) if flags["upsample"] else slice(first, last))
     here = tuple(slice(*ends) for ends in tile)
-    residual = None if t["residual"] is None else t["residual"][:, :, *here]
+    residual = None if t["residual"] is None else at(t["residual"], here)
     norm_silu_conv3d(
-        t["x"][:, :, *place], t["scale"], t["shift"], flags["silu"], flags["upsample"], t["weight"], t["bias"],
-        pads if halo else [0] * 6, residual, t["residual_weight"], t["residual_bias"], out[:, :, *here], statistics,
+        at(t["x"], place), t["scale"], t["shift"], flags["silu"], flags["upsample"], t["weight"], t["bias"],
+        pads if halo else [0] * 6, residual, t["residual_weight"], t["residual_bias"], at(out, here), statistics,
     )  # fmt: skip
 
 
@@ -123,7 +127,7 @@ def check(dtype: torch.dtype, shape: tuple, edge: int, device: str = "cpu") -> N
     out = out.cpu()
     assert (out - wanted).abs().max() <= TOLERANCE[dtype] * wanted.abs().max()
     for tile, statistics in found:
-        numbers = out[:, :, *[slice(*ends) for ends in tile]].double().flatten(2)
+        numbers = at(out, [slice(*ends) for ends in tile]).double().flatten(2)
         mean = numbers.mean(2)
         m2 = (numbers - mean[:, :, None]).square().sum(2)
         torch.testing.assert_close(statistics[:, 0].cpu().double(), mean, rtol=1e-6, atol=1e-6)

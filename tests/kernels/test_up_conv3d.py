@@ -36,7 +36,15 @@ def case(batch: int, channels: int, out: int, size: tuple) -> list[Tensor]:
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, dtype=torch.float64)
 
-    return [channels_last(draw(batch, channels, *size)), draw(channels, out, 4, 4, 4) / (8 * channels) ** 0.5, draw(out)]
+    return [
+        channels_last(draw(batch, channels, *size)),
+        draw(channels, out, 4, 4, 4) / (8 * channels) ** 0.5,
+        draw(out),
+    ]
+
+
+def at(x: Tensor, place) -> Tensor:
+    return x[(slice(None), slice(None), *place)]
 
 
 def run(x: Tensor, weight: Tensor, bias: Tensor | None, edge: int) -> tuple[Tensor, list[tuple[tuple, Tensor]]]:
@@ -51,7 +59,7 @@ def run(x: Tensor, weight: Tensor, bias: Tensor | None, edge: int) -> tuple[Tens
             place.append(slice(max(first - 1, 0), min(last + 1, n)))
         here = tuple(slice(2 * a, 2 * b) for a, b in tile)
         statistics = torch.full((batch, 2, weight.shape[1]), torch.nan, device=x.device)
-        up_conv3d(x[:, :, *place], weight, bias, pads, out[:, :, *here], statistics)
+        up_conv3d(at(x, place), weight, bias, pads, at(out, here), statistics)
         found.append((here, statistics))
     return out, found
 
@@ -64,7 +72,7 @@ def check(dtype: torch.dtype, shape: tuple, edge: int, device: str = "cpu") -> N
     wanted = F.conv_transpose3d(x, weight, bias, stride=2, padding=1)
     assert (out - wanted).abs().max() <= TOLERANCE[dtype] * wanted.abs().max()
     for here, statistics in found:
-        numbers = out[:, :, *here].double().flatten(2)
+        numbers = at(out, here).double().flatten(2)
         mean = numbers.mean(2)
         m2 = (numbers - mean[:, :, None]).square().sum(2)
         torch.testing.assert_close(statistics[:, 0].cpu().double(), mean, rtol=1e-6, atol=1e-6)
@@ -99,7 +107,11 @@ WEIGHT = torch.zeros(6, 4, 4, 4, 4)
     [
         ((X[0], WEIGHT, None, [0] * 6, OUT), ValueError, r"\[B, C, D, H, W\].*got \(6, 3, 3, 3\)"),
         ((X, WEIGHT[:5], None, [0] * 6, OUT), ValueError, r"weight must be \[6, 4, 4, 4, 4\]"),
-        ((X, WEIGHT, None, [0] * 6, OUT[:, :, :1]), ValueError, r"out must be \[1, 4, 2, 2, 2\].*got \[1, 4, 1, 2, 2\]"),
+        (
+            (X, WEIGHT, None, [0] * 6, OUT[:, :, :1]),
+            ValueError,
+            r"out must be \[1, 4, 2, 2, 2\].*got \[1, 4, 1, 2, 2\]",
+        ),
         ((X, WEIGHT, None, [1] * 6, OUT), ValueError, r"out must be \[1, 4, 6, 6, 6\]"),
         ((X, WEIGHT, None, [0, 3] * 3, OUT), ValueError, "each 0 or 1"),
         ((X, WEIGHT, torch.zeros(6), [0] * 6, OUT), ValueError, r"bias must be \[4\]"),
