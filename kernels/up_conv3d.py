@@ -1,7 +1,8 @@
 """Transposed convolution 4³ with stride 2 and padding 1 of a tile, with the statistics of what is written.
 
 Output plane 2i takes input planes i − 1 (kernel plane 3) and i (1), plane 2i + 1 takes i (2) and i + 1 (0): a tile
-needs one input plane on each side, of zeros where the volume ends. On the CPU the convolution is oneDNN's, on a scratch tile.
+needs one input plane on each side, of zeros where the volume ends. On the CPU the convolution is oneDNN's, on a
+scratch tile.
 """
 
 from __future__ import annotations
