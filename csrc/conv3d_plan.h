@@ -50,7 +50,7 @@ struct ConvProblem {
 };
 
 // direct        one thread per voxel and 8 channels, on the FMA units: any type, any strides, not tuned
-// march         implicit GEMM on tensor cores for bfloat16 and float16, see conv3d_kernels.h
+// march         implicit GEMM on tensor cores for bfloat16 and float16, see conv3d_march.h
 // project       conv 3³ to a single channel, on tensor cores: all 27 taps of a voxel are one product
 enum class ConvRoute { direct, march, project };
 

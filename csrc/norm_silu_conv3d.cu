@@ -1,6 +1,6 @@
-// norm_silu_conv3d on the GPU: which instance of the kernels in conv3d_kernels.h serves a call. No GPU has run it yet.
+// norm_silu_conv3d on the GPU: which instance of the kernels of conv3d_march.h and its siblings serves a call. No GPU has run it yet.
 #include "conv3d_cuda.h"
-#include "conv3d_kernels.h"
+#include "conv3d_run.h"
 
 namespace meddiff {
 namespace {

@@ -240,3 +240,49 @@ def test_what_tensor_cores_cannot_read_goes_the_direct_way(program: Path, dtype:
     case = draw(16, 16, (2, 3, 3), dtype)
     case.x = case.x.contiguous()  # channels first
     check(program, case, "direct")
+
+
+# two warps at least; the first one without streamed weights, whose barriers stand for the one that a test omits
+RACES = [
+    (lambda: draw(16, 16, (2, 3, 3), torch.bfloat16), "slots=0", LARGE),
+    (lambda: draw(24, 16, (2, 3, 3), torch.float16, residual=8, residual_conv=True), "slots=3", LARGE // 5),
+    (lambda: draw(8, 32, (1, 2, 3), torch.bfloat16, transposed=True, kernel=4, prologue=False), "warps=1x2", LARGE),
+    (lambda: draw(8, 1, (2, 3, 3), torch.bfloat16, statistics=False), "project", LARGE),
+    (lambda: draw(3, 9, (2, 3, 3), torch.float32), "direct", LARGE),
+]
+
+
+def test_no_data_races(tmp_path: Path):
+    """Streamed and resident weights, every kind of item and both kinds of statistics."""
+    if CXX is None:
+        pytest.skip("no C++ compiler")
+    try:
+        program = compile_emulation(tmp_path, "-fsanitize=thread")
+    except subprocess.CalledProcessError:
+        pytest.skip("the compiler has no thread sanitizer")
+    for case, plan, shared in RACES:
+        check(program, case(), plan, shared)
+
+
+def test_a_missing_barrier_is_seen(tmp_path: Path):
+    if CXX is None:
+        pytest.skip("no C++ compiler")
+    try:
+        program = compile_emulation(tmp_path, "-fsanitize=thread", "-DMEDDIFF_OMIT_BARRIER")
+    except subprocess.CalledProcessError:
+        pytest.skip("the compiler has no thread sanitizer")
+    case, _, shared = RACES[0]
+    with pytest.raises(AssertionError, match="data race"):
+        emulate(program, case(), shared)
+
+
+def test_no_access_out_of_bounds(tmp_path: Path):
+    if CXX is None:
+        pytest.skip("no C++ compiler")
+    try:
+        program = compile_emulation(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
+    except subprocess.CalledProcessError:
+        pytest.skip("the compiler has no address sanitizer")
+    for case, plan, shared in RACES:
+        check(program, case(), plan, shared)
+    check(program, draw(8, 16, (2, 3, 17), torch.float16, residual=24, residual_conv=True), "tiles=1x2")
