@@ -35,9 +35,10 @@ __global__ void direct_pack_kernel(DirectLaunch c) {
                : 0.0f;
   }
   if (p.residual_weight.data && row < p.residual.size[1])
-    c.residual_weights[index] = inside ? device::load(static_cast<const T*>(p.residual_weight.data) +
-                                                      o * p.residual_weight.stride[0] + row * p.residual_weight.stride[1])
-                                       : 0.0f;
+    c.residual_weights[index] =
+        inside ? device::load(static_cast<const T*>(p.residual_weight.data) + o * p.residual_weight.stride[0] +
+                              row * p.residual_weight.stride[1])
+               : 0.0f;
   if (row > 0) return;
   float bias = 0;
   if (inside && p.bias) bias += device::load(static_cast<const T*>(p.bias) + o);

@@ -40,21 +40,21 @@ MEDDIFF_DEVICE void multiply(float (&acc)[J][M][G][2][4], const Shared& shared, 
 
 // Writes one plane of the warp's tile, which is left in `acc` as it was rounded, and merges its statistics into those
 // of the warp, float [groups·16, 2] at `moments`, of which lanes 0 to 3 alone touch their channels.
-template <class T, int M, int G>
+template <class T, int F, int M, int G>
 MEDDIFF_DEVICE void finish(const ConvLaunch& c, const ConvTask& task, float (&acc)[M][G][2][4], int64_t plane,
                            int first_row, int first_channel, const Shared& shared, int moments, float& counted) {
   const ConvProblem& p = c.problem;
-  const int lane = threadIdx.x & 31, zoom = c.plan.finished;
-  const int height = static_cast<int>(p.out.size[3]) / zoom, width = static_cast<int>(p.out.size[4]) / zoom;
+  const int lane = threadIdx.x & 31;
+  const int height = static_cast<int>(p.out.size[3]) / F, width = static_cast<int>(p.out.size[4]) / F;
   T* out = static_cast<T*>(const_cast<void*>(p.out.data)) + task.b * p.out.stride[0] + plane * p.out.stride[2];
   const T* residual = nullptr;
-  if (p.residual.data && !p.residual_weight.data)
+  if (F == 1 && p.residual.data && !p.residual_weight.data)
     residual = static_cast<const T*>(p.residual.data) + task.b * p.residual.stride[0] + plane * p.residual.stride[2];
 #pragma unroll
   for (int v = 0; v < 2 * M; ++v) {
     const int h = first_row + v / 2, w = task.w + lane / 4 + v % 2 * 8;
     if (h >= height || w >= width) continue;
-    T* to = out + (h * zoom + task.row_parity) * p.out.stride[3] + (w * zoom + task.column_parity) * p.out.stride[4];
+    T* to = out + (h * F + task.row_parity) * p.out.stride[3] + (w * F + task.column_parity) * p.out.stride[4];
     const T* add = residual ? residual + h * p.residual.stride[3] + w * p.residual.stride[4] : nullptr;
 #pragma unroll
     for (int g = 0; g < G; ++g) {
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(256, 1) march_kernel(ConvLaunch c) {
   const int warp_m = warp % plan.warps_m, warp_n = warp / plan.warps_m;
   const int windows = plan.weights_bytes, moments = windows + 2 * plan.window_bytes;
   const int warp_moments = moments + warp * G * 128;
-  const bool prologue = p.scale || p.silu;
+  const bool prologue = F == 1 && (p.scale || p.silu);
 
   const int items = plan.chunks() + plan.residual_chunks();
   int plane = static_cast<int>((task.plane + F - 1) / F);
@@ -187,13 +187,13 @@ __global__ void __launch_bounds__(256, 1) march_kernel(ConvLaunch c) {
         multiply<T, false>(acc, shared, at, row_bytes, weights, stage.steps, main ? J : 1,
                            plan.block_groups() * 512, main ? active : active & 1);
       }
-      if (activated && tap >= 2) {
-        if (tap == 2 && plan.slots == 0) device::cp_async_wait(0);
-        next.activate(shared, p, tap - 2, taps - 2);
+      const int parts = taps > 2 ? taps - 2 : 1, part = tap - (taps - parts);
+      if (activated && part >= 0) {
+        if (part == 0 && (plan.slots == 0 || taps <= 2)) device::cp_async_wait(0);
+        next.activate(shared, p, part, parts);
       }
     }
     device::cp_async_wait(0);
-    if (activated && taps <= 2) next.activate(shared, p, 0, 1);
 #ifndef MEDDIFF_OMIT_BARRIER  // tests: ThreadSanitizer must miss it
     device::block_barrier();
 #endif
@@ -202,7 +202,7 @@ __global__ void __launch_bounds__(256, 1) march_kernel(ConvLaunch c) {
 #pragma unroll
       for (int f = 0; f < F; ++f)
         if (active >> f & 1)
-          finish<T>(c, task, acc[f], static_cast<int64_t>(F) * plane - (J - 1) + f, task.row + warp_m * M,
+          finish<T, F>(c, task, acc[f], static_cast<int64_t>(F) * plane - (J - 1) + f, task.row + warp_m * M,
                     (task.column * plan.warps_n + warp_n) * G * 16, shared, warp_moments, counted);
 #pragma unroll
       for (int j = 0; j < J; ++j)

@@ -95,7 +95,9 @@ struct ConvPlan {
   MEDDIFF_HOST_DEVICE int chunks() const { return (steps + chunk - 1) / chunk; }
   MEDDIFF_HOST_DEVICE int residual_chunks() const { return (residual_steps + chunk - 1) / chunk; }
   // Units of 512 bytes: one k16 x n16 operand, laid out as the lanes of a warp take it.
-  MEDDIFF_HOST_DEVICE int64_t units() const { return (static_cast<int64_t>(steps) * taps * sets + residual_steps) * block_groups(); }
+  MEDDIFF_HOST_DEVICE int64_t units() const {
+    return (static_cast<int64_t>(steps) * taps * sets + residual_steps) * block_groups();
+  }
   MEDDIFF_HOST_DEVICE int64_t tasks() const { return segments * tiles_h * tiles_w * classes; }  // per sample
 };
 

@@ -19,8 +19,8 @@ void norm_silu_conv3d(const Tensor& x, const OptionalTensor& scale, const Option
   ConvProblem& p = arguments.problem;
   const int64_t k = weight.size(2), outputs = weight.size(0);
   STD_TORCH_CHECK((k == 1 || k == 3) && weight.size(3) == k && weight.size(4) == k && weight.size(1) == x.size(1),
-                  "norm_silu_conv3d: weight must be [O, ", x.size(1), ", k, k, k] with k = 1 or 3, got [", outputs, ", ",
-                  weight.size(1), ", ", k, ", ", weight.size(3), ", ", weight.size(4), "]");
+                  "norm_silu_conv3d: weight must be [O, ", x.size(1), ", k, k, k] with k = 1 or 3, got [", outputs,
+                  ", ", weight.size(1), ", ", k, ", ", weight.size(3), ", ", weight.size(4), "]");
   STD_TORCH_CHECK(scale.has_value() == shift.has_value(), "norm_silu_conv3d: scale and shift go together");
   STD_TORCH_CHECK(residual || (!residual_weight && !residual_bias),
                   "norm_silu_conv3d: residual_weight and residual_bias need a residual");

@@ -1,7 +1,7 @@
 // Runs csrc/norm_silu_conv3d.cu and csrc/up_conv3d.cu on an emulated device. Argument: a file of int64 numbers
 //   bytes of shared memory, type (0 float32, 1 bfloat16, 2 float16), transposed, silu, upsample, six pads,
-//   then 14 for each of x, weight, residual, residual_weight, out: bytes of its storage (0: there is none), bytes before
-//   its first element, two unused, five sizes, five strides,
+//   then 12 for each of x, weight, residual, residual_weight, out: bytes of its storage (0: there is none), bytes before
+//   its first element, five sizes, five strides,
 //   and bytes of bias, residual_bias, scale, shift and statistics,
 // and the bytes of all of these in this order. Writes out's storage and the statistics to standard output, and the plan
 // to standard error.
@@ -43,7 +43,7 @@ struct Storage {
 
 int main(int argc, char** argv) {
   if (argc != 2 || !(file = std::fopen(argv[1], "rb"))) return 2;
-  const std::vector<int64_t> head = read<int64_t>(11), tensors = read<int64_t>(5 * 14), others = read<int64_t>(5);
+  const std::vector<int64_t> head = read<int64_t>(11), tensors = read<int64_t>(5 * 12), others = read<int64_t>(5);
   emulated_largest_shared_memory = static_cast<int>(head[0]);
   meddiff::ConvProblem p{};
   p.type = static_cast<meddiff::ConvType>(head[1]);
@@ -51,13 +51,13 @@ int main(int argc, char** argv) {
   for (int i = 0; i < 6; ++i) p.pads[i] = static_cast<int>(head[5 + i]);
   Storage storage[10];
   meddiff::ConvTensor* const views[5] = {&p.x, &p.weight, &p.residual, &p.residual_weight, &p.out};
-  for (int i = 0; i < 10; ++i) storage[i].load(i < 5 ? tensors[14 * i] : others[i - 5]);
+  for (int i = 0; i < 10; ++i) storage[i].load(i < 5 ? tensors[12 * i] : others[i - 5]);
   for (int i = 0; i < 5; ++i) {
-    const int64_t* numbers = tensors.data() + 14 * i;
+    const int64_t* numbers = tensors.data() + 12 * i;
     views[i]->data = numbers[0] ? storage[i].data + numbers[1] : nullptr;
     for (int axis = 0; axis < 5; ++axis) {
-      views[i]->size[axis] = numbers[4 + axis];
-      views[i]->stride[axis] = numbers[9 + axis];
+      views[i]->size[axis] = numbers[2 + axis];
+      views[i]->stride[axis] = numbers[7 + axis];
     }
   }
   p.bias = storage[5].data;

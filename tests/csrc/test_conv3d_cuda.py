@@ -121,11 +121,11 @@ def emulate(program: Path, case: Case, shared: int = LARGE) -> tuple[Tensor, Ten
     parts = []
     for view in views:
         if view is None:
-            numbers += [0] * 14
+            numbers += [0] * 12
             continue
         memory = torch.empty(0, dtype=view.dtype).set_(view.untyped_storage())
         parts.append(memory.view(torch.uint8).numpy().tobytes())
-        numbers += [len(parts[-1]), view.storage_offset() * view.element_size(), 0, 0, *view.shape, *view.stride()]
+        numbers += [len(parts[-1]), view.storage_offset() * view.element_size(), *view.shape, *view.stride()]
     outputs = case.out.shape[1]
     statistics = torch.full((case.out.shape[0], 2, outputs), torch.nan) if case.statistics else None
     for tensor in (case.bias, case.residual_bias, case.scale, case.shift, statistics):
@@ -223,7 +223,8 @@ def test_project(program: Path, dtype: torch.dtype):
     "case",
     [
         {"channels": 3, "outputs": 5, "size": (3, 4, 5), "residual": 5, "cut": True, "batch": 2},
-        {"channels": 5, "outputs": 17, "size": (3, 5, 4), "pads": (0, 0, 1, 0, 0, 1), "residual": 4, "residual_conv": True},
+        {"channels": 5, "outputs": 17, "size": (3, 5, 4), "pads": (0, 0, 1, 0, 0, 1), "residual": 4,
+         "residual_conv": True},
         {"channels": 4, "outputs": 1, "size": (2, 3, 5), "pads": (1, 0, 0, 0, 0, 1), "upsample": True},
         {"channels": 8, "outputs": 8, "size": (6, 7, 8), "kernel": 1, "pads": (0,) * 6, "mean": 1000, "std": 0.1},
         {"channels": 3, "outputs": 9, "size": (3, 4, 3), "pads": (1, 0, 0, 1, 0, 0), "transposed": True, "kernel": 4,
