@@ -22,7 +22,7 @@ _EVALUATIONS = {  # what was decoded how → file of the evaluation, prefix of i
     "after stage 1, decoded jointly": ("evaluation_stage1.json", ""),
     "after stage 2, decoded jointly": ("evaluation.json", ""),
 }
-_JOBS = ("autoencoder", "biflownet_step", "sample_512")
+_JOBS = ("autoencoder", "biflownet_step", "joint_decode", "sample_512")
 _HEADER = ["case", "dtype", "time, p50", "peak memory", "× best peer", "device", "command"]
 
 
