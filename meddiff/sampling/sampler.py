@@ -9,7 +9,7 @@ of the graph. A sample is therefore the same to the last bit whatever stands bes
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -24,6 +24,7 @@ from meddiff.sampling.graph import WARM_UPS, Graph, capture
 from meddiff.sampling.schedule import NoiseSchedule
 from meddiff.sampling.solvers import SOLVERS, TIMESTEP_SPACINGS
 
+_B, _C_0, _C_EPS = (COEFFICIENTS.index(name) for name in ("b", "c_0", "c_eps"))
 _RESOLUTION_UNIT = 64  # latent elements per unit of the resolution condition, for every downsampling factor
 _STAGED = 2  # steps whose noise is on its way to a GPU
 
@@ -202,6 +203,7 @@ class Sampler:
         order: int | None = None,
         timestep_spacing: str = "linspace",
         seed: int | Sequence[int] = 0,
+        correct_x0: Callable[[Tensor, int], Tensor] | None = None,
         progress: bool = False,
     ) -> Tensor:
         """Sample latents in the denoiser's range (scaled, about [-1, 1]).
@@ -215,6 +217,9 @@ class Sampler:
             order: of dpmsolver++, 1 or 2; None is 2.
             timestep_spacing: as in `solver_timesteps`.
             seed: of the start and of the noise in between; sample b has `seed + b` unless one is given per sample.
+            correct_x0: replaces each step's estimate of the clean latent, float32 [B, C, D, H, W] in [-1, 1], given
+                with its timestep, by one of the same shape: data consistency. The step goes on with the noise that this
+                implies.
             progress: show a progress bar.
 
         Returns:
@@ -254,12 +259,16 @@ class Sampler:
         table = SOLVERS[solver].table(schedule, timesteps, eta, order)
 
         with on_device(denoiser.device):
-            loop = self._loop(start.shape, solver == "ddpm" or eta > 0, order > 1)
+            loop = self._loop(start.shape, solver == "ddpm" or eta > 0, order > 1 or correct_x0 is not None)
             loop.load(start, y, timesteps, table)
-            for i, _ in enumerate(bar("sampling")(timesteps) if progress else timesteps):
+            for i, step in enumerate(bar("sampling")(timesteps) if progress else timesteps):
                 if loop.feed is not None:
                     loop.feed.put(source, i)
                 loop.advance()
+                if correct_x0:  # a step is linear in x0, which it leaves in x0_prev, and in the noise (x0 - a·x) / b
+                    corrected, row = correct_x0(loop.x0_prev, step), loop.table[i]
+                    loop.x += (row[_C_0] + row[_C_EPS] / row[_B]) * (corrected - loop.x0_prev)
+                    loop.x0_prev.copy_(corrected)
                 if loop.device.type == "cpu":  # where looking costs nothing
                     loop.check(timesteps)
             loop.check(timesteps)
