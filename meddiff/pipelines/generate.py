@@ -1,8 +1,8 @@
 """Many volumes into a folder: resumable, shared among processes, several at a time.
 
 The folder holds request.json (what was asked for), a NIfTI file with its .json record for every finished volume, and
-manifest.jsonl, one line for each of those. A volume appears by one rename of a complete file, after its record: it is
-finished if and only if the file is there. A run that was killed at any moment goes on where it was.
+manifest.jsonl, one line for each of those. A volume appears by one rename of a complete file, after its record: where
+both are, it is finished. A run that was killed at any moment goes on where it was.
 
 Processes started by torchrun or `accelerate launch` take every n-th volume each, and wait for each other at the end.
 """
@@ -189,7 +189,7 @@ def generate_volumes(
         _settle_request(folder, jobs, settings)
         mine = jobs[rank::world]
         run = _Run(model, folder, partial, _Manifest(folder, jobs), settings, options, overlap, rank == 0, report)
-        todo = [job for job in mine if not (folder / job.file).exists()]
+        todo = [job for job in mine if not _is_finished(folder, job)]
         run.outcome.found = len(mine) - len(todo)
         if run.outcome.found:
             report(f"{run.outcome.found} of {len(mine)} volumes are there already")
@@ -307,7 +307,10 @@ class _Run:
             self.outcome.made += 1
             self.report(f"wrote {self.folder / job.file}")
             if self.keeps_manifest:
-                self.manifest.refresh()
+                try:
+                    self.manifest.refresh()
+                except OSError as error:  # it is written again at the end
+                    self.report(f"the manifest is behind: {error}")
 
     def fail(self, job: VolumeJob, error: BaseException) -> None:
         self.disk_was_full |= isinstance(error, OSError) and error.errno in _FULL
@@ -333,7 +336,7 @@ class _Manifest:
         self.lines: dict[str, str] = {}
 
     def refresh(self) -> None:
-        new = [job for job in self.jobs if job.file not in self.lines and (self.folder / job.file).exists()]
+        new = [job for job in self.jobs if job.file not in self.lines and _is_finished(self.folder, job)]
         for job in new:
             record = json.loads((self.folder / f"{_stem(job.file)}.json").read_text(encoding="utf-8"))
             kept = ("class", "solver", "steps", "eta", "order", "timestep_spacing", "dtype", "device", "created")
@@ -432,6 +435,10 @@ def _settle_request(folder: Path, jobs: Sequence[VolumeJob], settings: dict[str,
     elif foreign:
         raise ValueError(f"generate: {folder} holds {foreign[0]} without a request.json; choose another folder")
     write_json(path, wanted)
+
+
+def _is_finished(folder: Path, job: VolumeJob) -> bool:
+    return (folder / job.file).exists() and (folder / f"{_stem(job.file)}.json").exists()
 
 
 def _stem(name: str) -> str:

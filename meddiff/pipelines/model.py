@@ -19,7 +19,7 @@ from meddiff.config import ANATOMIES, PRESETS, Anatomy, ModelConfig, Size, Spaci
 from meddiff.models import BiFlowNet, PatchVolumeAutoencoder
 from meddiff.pipelines.latents import EncodedVolume
 from meddiff.resources import StageMeter, default_device, default_dtype, on_device
-from meddiff.sampling import SOLVERS, NoiseSchedule, Sampler, solver_timesteps
+from meddiff.sampling import NoiseSchedule, Sampler, resolve_order, solver_timesteps
 from meddiff.volume import IntensityScale, Volume
 
 _GENERATED_MR = IntensityScale(0, 1000, "MR")  # MR has no unit: a range that every viewer shows well
@@ -232,7 +232,7 @@ class MedDiffusion:
             "solver": solver,
             "steps": len(solver_timesteps(self.schedule, solver, steps, timestep_spacing)),
             "eta": eta,
-            "order": SOLVERS[solver].order if order is None else order,
+            "order": resolve_order(solver, eta, order),
             "timestep_spacing": timestep_spacing,
             "model": {"source": self.source, "trained": self.trained, "sha256": self.fingerprint},
             "dtype": str(self.dtype).removeprefix("torch."),

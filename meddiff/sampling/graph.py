@@ -41,6 +41,7 @@ def capture(step: Callable[[], None], device: torch.device, pool: object | None 
                 step()
         current.wait_stream(aside)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # other threads may decode, on this device or another, while this one captures
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
             step()
     return graph

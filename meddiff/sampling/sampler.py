@@ -49,6 +49,18 @@ def solver_timesteps(
     return kind.timesteps(schedule.timesteps, steps, timestep_spacing)
 
 
+def resolve_order(solver: str, eta: float, order: int | None) -> int:
+    """The order of a known solver, its highest if `order` is None. ValueError for an order or eta that it lacks."""
+    if not 0 <= eta <= 1 or (eta and solver != "ddim"):
+        raise ValueError(f"sample: eta must lie in [0, 1] and belongs to solver 'ddim', got eta={eta} with {solver!r}")
+    highest = SOLVERS[solver].order
+    if order is not None and not (highest > 1 and 1 <= order <= highest):
+        raise ValueError(
+            f"sample: order must be 1 or 2 and belongs to solver 'dpmsolver++', got order={order} with {solver!r}"
+        )
+    return highest if order is None else order
+
+
 class NoiseSource:
     """Standard normal noise from one generator per sample.
 
@@ -231,15 +243,7 @@ class Sampler:
         """
         denoiser, schedule = self.denoiser, self.schedule
         timesteps = solver_timesteps(schedule, solver, steps, timestep_spacing)
-        if not 0 <= eta <= 1 or (eta and solver != "ddim"):
-            raise ValueError(
-                f"sample: eta must lie in [0, 1] and belongs to solver 'ddim', got eta={eta} with {solver!r}"
-            )
-        highest = SOLVERS[solver].order
-        if order is not None and not (solver == "dpmsolver++" and 1 <= order <= highest):
-            raise ValueError(
-                f"sample: order must be 1 or 2 and belongs to solver 'dpmsolver++', got order={order} with {solver!r}"
-            )
+        order = resolve_order(solver, eta, order)
         if y.ndim != 1 or y.is_floating_point():
             raise ValueError(f"sample: y must be integer [B], got {y.dtype} {tuple(y.shape)}")
         if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < denoiser.config.num_classes:
@@ -255,7 +259,6 @@ class Sampler:
             raise ValueError(
                 f"sample: noise must be [{batch}, {denoiser.config.channels}, D, H, W], got {tuple(start.shape)}"
             )
-        order = highest if order is None else order
         table = SOLVERS[solver].table(schedule, timesteps, eta, order)
 
         with on_device(denoiser.device):
