@@ -6,20 +6,21 @@ Distances are root mean squares, to the result of DDIM and to that of DDPM in ev
 
 All begin with the same noise. DDIM and DPM-Solver++ follow the same path, whose best known end is DDIM's in all steps;
 DDPM draws fresh noise, so that its distance says how far apart two samples of one class are. Latents are in the
-denoiser's range, about [-1, 1], volumes in [-1, 1]. Means over the seeds.
+denoiser's range, about [-1, 1], volumes in [-1, 1]. Distances are means over the seeds, seconds their median, of
+sampling alone.
 """
 
 from __future__ import annotations
 
 import argparse
-import time
+import statistics
 
 import torch
 from common import append_result, print_table
 from torch import Tensor
 
 import meddiff
-from meddiff.resources import default_device
+from meddiff.resources import Stage, StageMeter, default_device
 from meddiff.sampling import SOLVERS
 
 
@@ -47,16 +48,13 @@ def main() -> None:
     target = model.target(arguments.anatomy, arguments.size)
     size = model.latent_size(target.size)
 
-    def run(solver: str, steps: int, **options: str) -> tuple[list[Tensor], list[Tensor], float]:
-        """Latents and volumes of the seeds, and the mean of the sampling's seconds."""
-        latents, seconds = [], []
+    def run(solver: str, steps: int, **options: str) -> tuple[list[Tensor], list[Tensor], list[Stage]]:
+        """Latents and volumes of the seeds, and what sampling them took."""
+        latents, meter = [], StageMeter(arguments.device)
         for seed in range(arguments.seeds):
-            start = time.perf_counter()
-            latents.append(model.sample(size, target.class_index, solver=solver, steps=steps, seed=seed, **options))
-            if arguments.device.type == "cuda":
-                torch.cuda.synchronize(arguments.device)
-            seconds.append(time.perf_counter() - start)
-        return latents, [model.decode_latent(latent) for latent in latents], sum(seconds) / len(seconds)
+            with meter.stage("sample"):
+                latents.append(model.sample(size, target.class_index, solver=solver, steps=steps, seed=seed, **options))
+        return latents, [model.decode_latent(latent) for latent in latents], meter.stages
 
     model.sample(size, target.class_index, steps=2)  # warms up
     every = model.schedule.timesteps
@@ -71,13 +69,15 @@ def main() -> None:
     case = f"{target.anatomy} {'×'.join(map(str, target.size))}, {arguments.seeds} seeds"
     names = [name for name in ("ddim", "ddpm") if (name, every) in runs]
     rows = []
-    for (solver, steps), (latents, volumes, seconds) in runs.items():
+    for (solver, steps), (latents, volumes, stages) in runs.items():
+        seconds = statistics.median(stage.seconds for stage in stages)
         line = {
             "benchmark": "sampler",
             "case": f"{case}, {solver}, {steps} steps",
             "dtype": str(model.dtype).removeprefix("torch."),
             "timestep_spacing": arguments.timestep_spacing,
-            "seconds": seconds,
+            "ms_p50": 1e3 * seconds,
+            "peak_bytes": max((stage.peak_bytes or 0) for stage in stages) or None,
             "model": {"trained": model.trained, "sha256": model.fingerprint},
         }
         row = [f"{solver}, {steps}", f"{seconds:.2f}"]

@@ -77,7 +77,7 @@ def test_a_killed_run_goes_on(tmp_path):
 
     done = subprocess.run(command, cwd=tmp_path, env=ONE_THREAD, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f"{6 - len(there)} made, {len(there)} found, 0 failed" in done.stdout
+    assert f"{6 - len(there)} volumes made, {len(there)} were there, 0 failed" in done.stdout
     for name, identity in there.items():
         assert ((folder / name).stat().st_ino, (folder / name).stat().st_mtime_ns) == identity
     lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
@@ -102,7 +102,7 @@ def test_two_processes_share_the_volumes(tmp_path):
     names = ["mr_knee-00000.nii.gz", "ct_legs-00001.nii.gz", "mr_knee-00003.nii.gz"]
     wrote = sorted(line for line in done.stdout.splitlines() if "wrote" in line)
     assert wrote == [f"[{i}] wrote shared/{names[j]}" for i, j in ((0, 0), (0, 2), (1, 1))]
-    assert "3 made, 0 found, 1 failed" in done.stdout
+    assert "3 volumes made, 0 were there, 1 failed" in done.stdout
     assert "1 of 4 volumes were not made, such as jobs.csv, row 3: unknown anatomy 'hand'" in done.stderr
     folder = tmp_path / "shared"
     lines = [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
