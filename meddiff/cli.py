@@ -78,7 +78,8 @@ def generate(
         dtype: Of the networks; by default bfloat16 where the device has it.
         force: Begin even if a volume takes hours on this CPU.
     """
-    from meddiff.pipelines.generate import generate_volumes, jobs_from_count, jobs_from_list, launched_process
+    from meddiff.pipelines import generate_volumes, jobs_from_count, jobs_from_list
+    from meddiff.pipelines.generate import launched_process
     from meddiff.pipelines.plan import plan_generation
     from meddiff.report import save_mid_planes
 
@@ -100,7 +101,7 @@ def generate(
         raise UsageError("several processes share the volumes of --count or --list; give one, and a folder")
     loaded = _load(model, untrained, _of_process(device, local, world), dtype)
     if decode_device is not None:
-        loaded.autoencoder.to(decode_device)
+        loaded.decode_on(decode_device)
     options = dict(solver=solver, steps=steps, eta=eta, order=order, timestep_spacing=timestep_spacing)
 
     if many:
@@ -123,6 +124,8 @@ def generate(
         )
         failed = bad | outcome.failed
         if rank == 0:
+            for row, reason in bad.items():
+                print(f"failed: {row}: {reason}")
             print(
                 f"{outcome.made} volumes made, {outcome.found} were there, {len(failed)} failed: {out}/manifest.jsonl"
             )
@@ -134,7 +137,9 @@ def generate(
             )
         return
 
-    target = loaded.target(anatomy, voxels, mm)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # generate says it too
+        target = loaded.target(anatomy, voxels, mm)
     plan = plan_generation(loaded, target.size, loaded.settings(**options)["steps"], batch=1)
     print(plan, flush=True)
     plan.require_possible()
@@ -445,7 +450,7 @@ def _check_target(path: str | None, suffixes: tuple[str, ...]) -> None:
 
 def _triple(text: float | str | None, number: type[int] | type[float]) -> tuple | None:
     """One number for all three axes, or three with an x between them."""
-    from meddiff.pipelines.generate import triple
+    from meddiff.pipelines.jobs import triple
 
     try:
         return None if text is None else triple(text, number)

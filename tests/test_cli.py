@@ -51,6 +51,7 @@ def test_generate_writes_volume_record_and_preview(tmp_path):
     image = nib.load(tmp_path / "a.nii.gz")
     assert image.shape == (64, 128, 64) and image.header.get_zooms() == (0.5, 0.5, 1)
     assert json.loads((tmp_path / "a.json").read_text())["seed"] == 4
+    assert done.stderr.count("quality at other sizes") == 1
     assert "random weights" in done.stderr and "sample: " in done.stdout and "wrote a.nii.gz" in done.stdout
     assert "%|" not in done.stderr  # no progress bar where nobody looks
 
@@ -102,6 +103,7 @@ def test_two_processes_share_the_volumes(tmp_path):
     names = ["mr_knee-00000.nii.gz", "ct_legs-00001.nii.gz", "mr_knee-00003.nii.gz"]
     wrote = sorted(line for line in done.stdout.splitlines() if "wrote" in line)
     assert wrote == [f"[{i}] wrote shared/{names[j]}" for i, j in ((0, 0), (0, 2), (1, 1))]
+    assert "failed: jobs.csv, row 3: unknown anatomy 'hand'" in done.stdout
     assert "3 volumes made, 0 were there, 1 failed" in done.stdout
     assert "1 of 4 volumes were not made, such as jobs.csv, row 3: unknown anatomy 'hand'" in done.stderr
     folder = tmp_path / "shared"
@@ -196,6 +198,7 @@ def test_wrong_arguments_end_with_2(arguments, message, tmp_path, scan, capsys, 
         ("generate --out a.nii --untrained 16x", "unknown preset"),
         ("generate --out a.nii --untrained tiny --anatomy hand", "unknown anatomy"),
         ("generate --out a.nii --untrained tiny --size 65", "multiples of 64"),
+        ("generate --out a --untrained tiny --list missing.csv", "missing.csv"),
         ("generate --out a.nii --model nothing-here", "nothing-here"),
         ("reconstruct missing.nii --out a.nii --untrained tiny", "missing.nii"),
         ("reconstruct SCAN --out a.nii --untrained tiny --low 9 --high 3", "low < high"),

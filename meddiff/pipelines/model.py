@@ -123,6 +123,10 @@ class MedDiffusion:
         """SHA-256 over the weights of autoencoder and denoiser, as they are loaded."""
         return fingerprint(self.autoencoder, self.denoiser)
 
+    def decode_on(self, device: str | torch.device) -> None:
+        """Move the autoencoder to a device of its own. ValueError for one that is not there, or lacks the dtype."""
+        self.autoencoder.to(_placement(device, self.dtype)[0])
+
     @cached_property
     def sampler(self) -> Sampler:
         """Denoises; keeps its buffers from one volume to the next until `sampler.drop()`."""
