@@ -41,15 +41,23 @@ def generate(
     solver: Literal["ddim", "dpmsolver++", "ddpm"] = "ddim",
     steps: PositiveInt | None = None,
     eta: float = 0.0,
+    order: Literal[1, 2] | None = None,
+    timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace",
     seed: int = 0,
+    count: PositiveInt | None = None,
+    list: str | None = None,
+    batch: PositiveInt | None = None,
     preview: str | None = None,
     device: str | None = None,
+    decode_device: str | None = None,
     dtype: Dtype | None = None,
+    force: bool = False,
 ) -> None:
-    """Generate a volume from noise.
+    """Generate volumes from noise.
 
     Args:
-        out: NIfTI file to write (.nii or .nii.gz); a .json beside it says how the volume came about.
+        out: NIfTI file to write (.nii or .nii.gz); a .json beside it says how the volume came about. Or, with count or
+            list, a folder. It gets manifest.jsonl and its volumes; the same command again goes on where it stopped.
         model: Model folder, or "organisation/name" on the Hugging Face hub.
         untrained: Preset with random weights instead of a model (8x, 4x, tiny): it generates noise, for trials.
         anatomy: What to generate, see the list below; by default the first that the model was trained for.
@@ -58,22 +66,89 @@ def generate(
         solver: ddim or dpmsolver++ (few steps), or ddpm (all 1000).
         steps: Denoising steps; by default 50 for ddim, 20 for dpmsolver++.
         eta: Fresh noise in DDIM, 0 to 1.
-        seed: The same seed gives the same volume.
-        preview: PNG of the three middle planes to write.
-        device: Such as cuda, cuda:1 or cpu; by default the GPU where there is one.
+        order: Of dpmsolver++, by default 2.
+        timestep_spacing: How the steps of ddim and dpmsolver++ are spread, by the names that diffusers gives them.
+        seed: The same seed gives the same volume. With count, that of the first volume; each other has the next one.
+        count: How many volumes to generate.
+        list: CSV file of volumes, with any of the columns anatomy, size, spacing, seed and file (its name).
+        batch: Volumes to denoise side by side; by default as many as fit into the memory of a GPU, one on a CPU.
+        preview: PNG of the three middle planes to write, of one volume.
+        device: Such as cuda, cuda:1 or cpu; by default the GPU where there is one, for each process its own.
+        decode_device: Device on which one volume is decoded while others are denoised; by default it is one for both.
         dtype: Of the networks; by default bfloat16 where the device has it.
+        force: Begin even if a volume takes hours on this CPU.
     """
+    from meddiff.pipelines import generate_volumes, jobs_from_count, jobs_from_list
+    from meddiff.pipelines.generate import launched_process
+    from meddiff.pipelines.plan import plan_generation
     from meddiff.report import save_mid_planes
 
-    _check_target(out, (".nii", ".nii.gz"))
+    many = list is not None or (count is not None and not out.endswith((".nii", ".nii.gz")))
+    if list is not None and count is not None:
+        raise UsageError("give either --count or --list, which has a row for each volume")
+    if many and preview:
+        raise UsageError("--preview is for one volume")
+    if not many:
+        if count not in (None, 1):
+            raise UsageError(f"{out}: with --count {count}, --out is a folder")
+        _check_target(out, (".nii", ".nii.gz"))
+    elif Path(out).exists() and not Path(out).is_dir():
+        raise UsageError(f"{out}: with --count or --list, --out is a folder")
     _check_target(preview, (".png",))
     voxels, mm = _triple(size, int), _triple(spacing, float)
-    options = {"spacing": mm, "solver": solver, "steps": steps, "eta": eta, "seed": seed}
-    pipeline = _load(model, untrained, device, dtype)
+    rank, world, local = launched_process()
+    if world > 1 and not many:
+        raise UsageError("several processes share the volumes of --count or --list; give one, and a folder")
+    loaded = _load(model, untrained, _of_process(device, local, world), dtype)
+    if decode_device is not None:
+        loaded.decode_on(decode_device)
+    options = dict(solver=solver, steps=steps, eta=eta, order=order, timestep_spacing=timestep_spacing)
+
+    if many:
+        bad = {}
+        if list is None:
+            jobs = jobs_from_count(loaded, count, seed, anatomy, voxels, mm)
+        else:
+            jobs, bad = jobs_from_list(loaded, list, seed, anatomy, voxels, mm)
+        overlap = decode_device is not None
+        name = f"[{rank}] " if world > 1 else ""
+        outcome = generate_volumes(
+            loaded,
+            jobs,
+            out,
+            batch=batch,
+            overlap=overlap,
+            force=force,
+            report=lambda line: print(name + line, flush=True),
+            **options,
+        )
+        failed = bad | outcome.failed
+        if rank == 0:
+            for row, reason in bad.items():
+                print(f"failed: {row}: {reason}")
+            print(
+                f"{outcome.made} volumes made, {outcome.found} were there, {len(failed)} failed: {out}/manifest.jsonl"
+            )
+        if failed:
+            first, reason = next(iter(failed.items()))
+            raise ValueError(
+                f"{len(failed)} of {len(jobs) + len(bad)} volumes were not made, such as {first}: {reason}; "
+                "the others are there, and the same command tries again"
+            )
+        return
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # generate says it too
+        target = loaded.target(anatomy, voxels, mm)
+    plan = plan_generation(loaded, target.size, loaded.settings(**options)["steps"], batch=1)
+    print(plan, flush=True)
+    plan.require_possible()
+    if not force:
+        plan.require_patience()
     if out.endswith(".nii") and not preview:
-        record = pipeline.generate_to(out, anatomy, voxels, **options)
+        record = loaded.generate_to(out, anatomy, voxels, spacing=mm, seed=seed, **options)
     else:
-        volume = pipeline.generate(anatomy, voxels, **options)
+        volume = loaded.generate(anatomy, voxels, spacing=mm, seed=seed, **options)
         volume.save(out)
         record = volume.record
         if preview:
@@ -258,7 +333,9 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, str], str]] = {
         {},
         "examples:\n"
         "  meddiff generate --out chest.nii.gz --model DIR --anatomy ct_chest_abdomen --size 512 --seed 1\n"
-        "  meddiff generate --out noise.nii.gz --untrained tiny --size 64 --steps 5 --preview noise.png\n\n"
+        "  meddiff generate --out noise.nii.gz --untrained tiny --size 64 --steps 5 --preview noise.png\n"
+        "  meddiff generate --out chests --model DIR --anatomy ct_chest_abdomen --count 100 --seed 1\n"
+        "  torchrun --nproc-per-node 4 -m meddiff.cli generate --out mixed --model DIR --list volumes.csv\n\n"
         + _anatomies(),
     ),
     "reconstruct": (
@@ -307,7 +384,10 @@ def _parser() -> ArgumentParser:
         command.add_argument("--config", action="config", help="YAML file with any of the options.")
         for argument, text in positionals.items():
             command.add_argument(argument, type=str, help=text)
-        command.add_function_arguments(function, skip=set(positionals))
+        flags = {"force"} if name == "generate" else set()
+        command.add_function_arguments(function, skip={*positionals, *flags})
+        if flags:
+            command.add_argument("--force", action="store_true", help="Begin even if a volume takes hours on this CPU.")
         commands.add_subcommand(name, command, help=summary)
     _add_training(commands)
     return parser
@@ -352,7 +432,7 @@ def _add_options(commands, name: str, options: str, epilog: str | None = None) -
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = _parser()
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args([_with_underscores(a) for a in (sys.argv[1:] if arguments is None else arguments)])
     command = parsed.command
     try:
         with warnings.catch_warnings():
@@ -378,6 +458,12 @@ def main(arguments: list[str] | None = None) -> int:
         print("meddiff: interrupted; nothing was left half written", file=sys.stderr)
         return 130
     return 0
+
+
+def _with_underscores(argument: str) -> str:
+    """`--decode-device=cpu` is `--decode_device=cpu`."""
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
 
 def _train(command: tuple[str, str, str], chosen: Namespace) -> None:
@@ -418,15 +504,21 @@ def _check_target(path: str | None, suffixes: tuple[str, ...]) -> None:
 
 def _triple(text: float | str | None, number: type[int] | type[float]) -> tuple | None:
     """One number for all three axes, or three with an x between them."""
-    if text is None:
-        return None
+    from meddiff.pipelines.jobs import triple
+
     try:
-        values = tuple(number(part) for part in str(text).split("x"))
-    except ValueError:
-        values = ()
-    if len(values) not in (1, 3) or not all(v > 0 for v in values):
-        raise UsageError(f"expected a positive number, or three such as 256x256x128, got {text}")
-    return values * 3 if len(values) == 1 else values
+        return None if text is None else triple(text, number)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _of_process(device: str | None, local: int, world: int) -> str | None:
+    """The GPU of one of several processes, if none is named."""
+    import torch
+
+    if device is not None or world == 1 or not torch.cuda.is_available():
+        return device
+    return f"cuda:{local % torch.cuda.device_count()}"
 
 
 def _window(low: float | None, high: float | None) -> tuple[float, float] | None:

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -59,6 +59,11 @@ def available_bytes(device: torch.device) -> int | None:
     except (OSError, ValueError):  # no control group, or the word "max"
         pass
     return min(limits, default=None)
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """`with on_device(device): ...` makes a CUDA device the current one, on whose streams Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _resident_peak() -> int | None:

@@ -24,6 +24,7 @@ from meddiff.resources import available_bytes
 
 _NORM_EPS = 1e-6
 _HEADS, _HEAD_DIM = 4, 32
+_MOST_PATCHES = 32  # in a batch
 _SHARE_OF_FREE = 0.9  # of the free memory; others need some too
 
 
@@ -377,12 +378,25 @@ class PatchVolumeAutoencoder(nn.Module):
         if patch_batch is None:
             patch_batch = self._patches_that_fit()
         starts = range(0, x.shape[0] * math.prod(grid), patch_batch)
+        copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" and x.device.type == "cpu" else None
         features = []
         for start in bar("encoding")(starts) if progress else starts:
             patches = patchify(x, p, self.dtype, window, start, start + patch_batch)
-            features.append(self.encoder(patches.to(self.device)))
+            features.append(self.encoder(patches.to(self.device) if copies is None else self._copy(patches, copies)))
         d, h, w = (g * (p // self.config.downsample) for g in grid)
         return torch.cat(features), (d, h, w)
+
+    def _copy(self, patches: Tensor, copies: torch.cuda.Stream) -> Tensor:
+        """Patches on the GPU, copied by a stream of its own while the ones before are encoded, and the next are cut.
+
+        No GPU has run this yet.
+        """
+        with torch.cuda.stream(copies):
+            there = patches.pin_memory().to(self.device, non_blocking=True)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(copies)
+        there.record_stream(current)
+        return there
 
     def _code_table(self) -> Tensor:
         """What `post_vq_conv` makes of every code: [n_codes, 8] in the model's dtype."""
@@ -390,10 +404,11 @@ class PatchVolumeAutoencoder(nn.Module):
         return F.linear(self.codebook.embeddings.to(self.dtype), conv.weight.flatten(1), conv.bias)
 
     def _patches_that_fit(self) -> int:
-        """On a GPU as many patches as half of its free memory holds; on a CPU one, which stays in cache."""
-        if self.device.type != "cuda":
+        """On a GPU as many patches as half of its free memory holds, and no more than keep it busy, so that copies
+        overlap; on a CPU one, which stays in cache."""
+        free = available_bytes(self.device) if self.device.type == "cuda" else None
+        if free is None:
             return 1
         # The widest moment is a residual block of the finest level: input, norm, two convolution outputs.
         patch_bytes = 4 * self.config.n_hiddens * self.config.patch_size**3 * self.dtype.itemsize
-        free_bytes, _ = torch.cuda.mem_get_info(self.device)
-        return max(1, free_bytes // 2 // patch_bytes)
+        return max(1, min(_MOST_PATCHES, free // 2 // patch_bytes))

@@ -1,6 +1,16 @@
 """Whole jobs: from volumes and conditions to volumes."""
 
+from meddiff.pipelines.generate import Outcome, generate_volumes
+from meddiff.pipelines.jobs import VolumeJob, jobs_from_count, jobs_from_list
 from meddiff.pipelines.latents import EncodedVolume
 from meddiff.pipelines.model import MedDiffusion
 
-__all__ = ["EncodedVolume", "MedDiffusion"]
+__all__ = [
+    "EncodedVolume",
+    "MedDiffusion",
+    "Outcome",
+    "VolumeJob",
+    "generate_volumes",
+    "jobs_from_count",
+    "jobs_from_list",
+]

@@ -74,6 +74,16 @@ def test_the_patch_batch_does_not_matter(autoencoder, patch_batch):
     torch.testing.assert_close(autoencoder.encode(x, patch_batch), autoencoder.encode(x, 3), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_patches_that_are_copied_meanwhile_are_encoded_as_those_that_are_there(reference_weights):
+    autoencoder = reference_weights(PatchVolumeAutoencoder(TINY)).to("cuda", torch.bfloat16)
+    x = torch.rand(1, 1, 64, 80, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    there = autoencoder.encode(x.cuda(), patch_batch=3)
+    for _ in range(3):
+        assert torch.equal(autoencoder.encode(x, patch_batch=3), there)
+
+
 def test_other_sizes_are_padded_with_edge_values_and_cropped(autoencoder):
     x = torch.rand(1, 1, 17, 5, 30)
     padded = torch.empty(1, 1, 32, 16, 32)

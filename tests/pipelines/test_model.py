@@ -206,10 +206,12 @@ def test_errors_say_what_was_wanted(model, arguments, message):
         meddiff.untrained("16x")
 
 
-def test_a_missing_gpu_is_named(monkeypatch):
+def test_a_missing_gpu_is_named(model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="meddiff doctor"):
         meddiff.untrained("tiny", device="cuda")
+    with pytest.raises(ValueError, match="meddiff doctor"):
+        model.decode_on("cuda")
 
 
 def test_float16_is_for_gpus():
