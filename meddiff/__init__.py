@@ -12,13 +12,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from meddiff import ops
     from meddiff.pipelines import MedDiffusion
     from meddiff.volume import Volume
 
     from_pretrained = MedDiffusion.from_pretrained
     untrained = MedDiffusion.untrained
 
-__all__ = ["MedDiffusion", "Volume", "from_pretrained", "untrained"]
+__all__ = ["MedDiffusion", "Volume", "from_pretrained", "ops", "untrained"]
 __version__ = "0.1.0"
 
 # Loaded on first use, so that `import meddiff` costs nothing and starts nothing.
@@ -26,6 +27,7 @@ _HOMES = {
     "MedDiffusion": ("meddiff.pipelines", "MedDiffusion"),
     "Volume": ("meddiff.volume", "Volume"),
     "from_pretrained": ("meddiff.pipelines", "MedDiffusion.from_pretrained"),
+    "ops": ("meddiff.ops", ""),
     "untrained": ("meddiff.pipelines", "MedDiffusion.untrained"),
 }
 
@@ -35,7 +37,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'meddiff' has no attribute {name!r}")
     module, path = _HOMES[name]
     value: Any = importlib.import_module(module)
-    for part in path.split("."):
+    for part in filter(None, path.split(".")):
         value = getattr(value, part)
     globals()[name] = value
     return value

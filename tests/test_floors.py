@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"config", "files", "progress", "resources"},
     {"kernels"},
-    {"models"},
+    {"models", "ops"},
     {"checkpoint", "sampling", "volume"},
     {"conversion", "doctor", "pipelines", "report"},
     {"training"},
