@@ -13,7 +13,7 @@ FLOORS = [
     {"kernels"},
     {"models", "ops"},
     {"checkpoint", "sampling", "volume"},
-    {"conversion", "doctor", "pipelines", "report"},
+    {"acceleration", "conversion", "doctor", "pipelines", "report"},
     {"training"},
     {"cli"},
 ]
