@@ -29,7 +29,7 @@ class GroupNormSilu {
 
   template <class T>
   static constexpr GroupNormSiluKernels<T> kernels() {
-    return {moments<T>, forward<T>, sums<T>, backward<T>};
+    return {moments<T>, forward<T>, sums<T>, backward<T>, add<T>};
   }
 
  private:
@@ -166,6 +166,17 @@ class GroupNormSilu {
         Isa::store(dx + c, Isa::fma(dz, Isa::load(fold.gain + c), line));
       }
     }
+  }
+
+  template <class T>
+  static void add(const T* a, const T* b, int64_t count, T* y) {
+    int64_t i = 0;
+    for (; i + Isa::lanes <= count; i += Isa::lanes) Isa::store(y + i, Isa::add(Isa::load(a + i), Isa::load(b + i)));
+    if (i == count) return;
+    T rest[2][Isa::lanes] = {};
+    for (int64_t j = i; j < count; ++j) rest[0][j - i] = a[j], rest[1][j - i] = b[j];
+    Isa::store(rest[0], Isa::add(Isa::load(rest[0]), Isa::load(rest[1])));
+    for (int64_t j = i; j < count; ++j) y[j] = rest[0][j - i];
   }
 };
 

@@ -1,4 +1,4 @@
-"""The command line: `meddiff generate | reconstruct | encode | decode | convert | train … | evaluate | doctor`.
+"""The command line: `meddiff generate | reconstruct | encode | decode | plan | convert | train … | evaluate | doctor`.
 
 Exit codes: 0 done, 1 failed (one line on standard error says why), 2 wrong arguments, 130 interrupted.
 """
@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import re
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -68,16 +69,20 @@ def generate(
     _check_target(out, (".nii", ".nii.gz"))
     _check_target(preview, (".png",))
     voxels, mm = _triple(size, int), _triple(spacing, float)
-    volume = _load(model, untrained, device, dtype).generate(
-        anatomy, voxels, spacing=mm, solver=solver, steps=steps, eta=eta, seed=seed
-    )
-    volume.save(out)
-    if preview:
-        save_mid_planes(volume, preview)
-    for stage in volume.record["stages"]:
+    options = {"spacing": mm, "solver": solver, "steps": steps, "eta": eta, "seed": seed}
+    pipeline = _load(model, untrained, device, dtype)
+    if out.endswith(".nii") and not preview:
+        record = pipeline.generate_to(out, anatomy, voxels, **options)
+    else:
+        volume = pipeline.generate(anatomy, voxels, **options)
+        volume.save(out)
+        record = volume.record
+        if preview:
+            save_mid_planes(volume, preview)
+    for stage in record["stages"]:
         peak = "" if stage["peak_bytes"] is None else f", peak {stage['peak_bytes'] / 2**30:.1f} GiB"
         print(f"{stage['name']}: {stage['seconds']:.1f} s{peak}")
-    print(f"wrote {out} ({_describe(volume)})")
+    print(f"wrote {out} ({_extent(record['size'], record['spacing_mm'])}, {record['modality']})")
 
 
 def reconstruct(
@@ -108,9 +113,12 @@ def reconstruct(
     _check_target(out, (".nii", ".nii.gz"))
     window = _window(low, high)
     original = Volume.load(volume, modality, window)
-    result = _load(model, untrained, device, dtype).reconstruct(original)
-    result.save(out)
-    print(f"wrote {out} ({_describe(result)})")
+    pipeline = _load(model, untrained, device, dtype)
+    if out.endswith(".nii"):
+        pipeline.reconstruct_to(out, original)
+    else:
+        pipeline.reconstruct(original).save(out)
+    print(f"wrote {out} ({_extent(original.shape, original.spacing)}, {original.intensity.modality})")
 
 
 def encode(
@@ -167,9 +175,48 @@ def decode(
 
     _check_target(out, (".nii", ".nii.gz"))
     encoded = EncodedVolume.load(latent)
-    volume = _load(model, untrained, device, dtype).decode(encoded)
-    volume.save(out)
-    print(f"wrote {out} ({_describe(volume)})")
+    pipeline = _load(model, untrained, device, dtype)
+    if out.endswith(".nii"):
+        pipeline.decode_to(out, encoded)
+    else:
+        pipeline.decode(encoded).save(out)
+    print(f"wrote {out} ({'×'.join(map(str, encoded.shape))} voxels, {encoded.intensity.modality})")
+
+
+def plan(
+    size: PositiveInt | str = 512,
+    preset: Literal["8x", "4x", "tiny"] = "8x",
+    budget: str | None = None,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+) -> None:
+    """Show how a volume would be decoded jointly within a budget of memory: what is kept, in what slabs, how long.
+
+    Args:
+        size: Voxels along the file's axes, such as 512 or 256x256x128; multiples of the downsampling factor.
+        preset: Which autoencoder.
+        budget: Memory beside the weights, such as 8GB, 900MB or 7.5GiB; by default what is free.
+        device: Such as cuda, cuda:1 or cpu; by default the GPU where there is one.
+        dtype: Of the network; by default bfloat16 where the device has it.
+    """
+    import torch
+
+    from meddiff.config import PRESETS
+    from meddiff.decode import make_plan
+    from meddiff.models import PatchVolumeAutoencoder
+    from meddiff.resources import available_bytes, default_device, default_dtype
+
+    config = PRESETS[preset].autoencoder
+    x, y, z = _triple(size, int)
+    if any(n % config.downsample for n in (x, y, z)):
+        raise UsageError(f"--size must be multiples of {config.downsample}, got {size}")
+    place = torch.device(device) if device else default_device()
+    precision = getattr(torch, dtype) if dtype else default_dtype(place)
+    with torch.device("meta"):
+        layers = PatchVolumeAutoencoder(config).decoder.layers()
+    latent = (1, config.embedding_dim, *(n // config.downsample for n in (z, x, y)))
+    limit = _bytes(budget) if budget else available_bytes(place)
+    print(make_plan(layers, latent, precision, place, limit).table())
 
 
 def convert(out: str, autoencoder: str, denoiser: str) -> None:
@@ -228,6 +275,11 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, str], str]] = {
         decode,
         {"latent": "File that `meddiff encode` wrote."},
         "example:\n  meddiff decode brain.safetensors --out brain.nii.gz --model DIR",
+    ),
+    "plan": (
+        plan,
+        {},
+        "examples:\n  meddiff plan --size 512 --budget 8GB\n  meddiff plan --preset 4x --size 256x256x128 --budget 3GB",
     ),
     "convert": (
         convert,
@@ -375,15 +427,24 @@ def _triple(text: float | str | None, number: type[int] | type[float]) -> tuple 
     return values * 3 if len(values) == 1 else values
 
 
+def _bytes(text: str) -> int:
+    """8GB, 900MB, 7.5GiB or a plain number of bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise UsageError(f"expected a positive amount of memory such as 8GB, 900MB or 7.5GiB, got {text}")
+    power = " KMGT".index(found[2].upper()) if found[2] else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
 def _window(low: float | None, high: float | None) -> tuple[float, float] | None:
     if (low is None) != (high is None):
         raise UsageError("give both --low and --high, or neither")
     return None if low is None else (low, high)
 
 
-def _describe(volume) -> str:
-    size, mm = ("×".join(f"{n:g}" for n in values) for values in (volume.shape, volume.spacing))
-    return f"{size} voxels of {mm} mm, {volume.intensity.modality}"
+def _extent(shape: Sequence[int], spacing: Sequence[float]) -> str:
+    size, mm = ("×".join(f"{n:g}" for n in values) for values in (shape, spacing))
+    return f"{size} voxels of {mm} mm"
 
 
 def _print_warning(message, category, filename, lineno, file=None, line=None) -> None:

@@ -13,7 +13,7 @@ import pytest
 import meddiff
 from meddiff.cli import main
 
-COMMANDS = ("generate", "reconstruct", "encode", "decode", "convert", "evaluate", "doctor")
+COMMANDS = ("generate", "reconstruct", "encode", "decode", "plan", "convert", "evaluate", "doctor")
 
 
 def meddiff_command(*arguments: str, **options) -> subprocess.CompletedProcess:
@@ -124,6 +124,21 @@ def test_failures_end_with_1_and_one_line(arguments, message, tmp_path, scan, ca
     lines = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note:")]
     assert len(lines) == 1 and message in lines[0]
     assert [p.name for p in tmp_path.iterdir()] == ["scan.nii.gz"]
+
+
+def test_plan_shows_what_a_budget_means(capsys):
+    common = ["plan", "--size", "512x512x256", "--dtype", "bfloat16", "--device", "cpu"]
+    tables = []
+    for budget in ("40GB", "8GB", "8192MiB"):
+        assert main([*common, "--budget", budget]) == 0
+        tables.append(capsys.readouterr().out)
+    assert "recomputed" not in tables[0] and "recomputed" in tables[1] and "1×256×512×512" in tables[0]
+    peaks = [float(table.splitlines()[-1].split()[1]) for table in tables]
+    assert 8 < peaks[0] <= 40 and peaks[1] <= 8 and peaks[2] <= 8.6
+    assert main([*common, "--budget", "1GB"]) == 1
+    assert "need at least" in capsys.readouterr().err
+    assert main(["plan", "--size", "100", "--budget", "8GB"]) == 2
+    assert main(["plan", "--budget", "much"]) == 2
 
 
 def test_doctor_tells_what_is_active():

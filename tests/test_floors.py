@@ -11,6 +11,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"config", "files", "progress", "resources"},
     {"kernels"},
+    {"decode"},
     {"models", "ops"},
     {"checkpoint", "sampling", "volume"},
     {"acceleration", "conversion", "doctor", "pipelines", "report"},

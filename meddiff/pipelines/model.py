@@ -6,22 +6,38 @@ import math
 import time
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from meddiff.checkpoint import fingerprint, load_model, save_model
 from meddiff.config import ANATOMIES, PRESETS, Anatomy, ModelConfig
+from meddiff.files import write_json
 from meddiff.models import BiFlowNet, PatchVolumeAutoencoder
 from meddiff.pipelines.latents import EncodedVolume
 from meddiff.resources import StageMeter, default_device, default_dtype
 from meddiff.sampling import NoiseSchedule, sample_latent, solver_timesteps
-from meddiff.volume import IntensityScale, Volume
+from meddiff.volume import IntensityScale, Volume, VolumeError, stream_volume
 
 _GENERATED_MR = IntensityScale(0, 1000, "MR")  # MR has no unit: a range that every viewer shows well
+
+
+@dataclass(frozen=True, eq=False)
+class _Sampled:
+    """What `generate` has before it decodes; size and spacing along X, Y, Z."""
+
+    latent: Tensor
+    size: tuple[int, int, int]
+    spacing: tuple[float, float, float]
+    intensity: IntensityScale
+    record: dict[str, Any]
+    meter: StageMeter
 
 
 class MedDiffusion:
@@ -178,6 +194,52 @@ class MedDiffusion:
             ValueError: for an unknown anatomy, or a size or spacing that does not fit.
             MemoryError: if decoding needs more memory than is free.
         """
+        job = self._sample(anatomy, size, spacing, solver, steps, eta, seed)
+        with job.meter.stage("decode"):
+            tensor = self.decode_latent(job.latent)
+        record = job.record | {"stages": job.meter.to_dicts()}
+        return Volume.from_tensor(tensor, intensity=job.intensity, spacing=job.spacing, record=record)
+
+    @torch.inference_mode()
+    def generate_to(
+        self,
+        out: str | Path,
+        anatomy: str | None = None,
+        size: Sequence[int] | None = None,
+        *,
+        spacing: Sequence[float] | None = None,
+        solver: str = "ddim",
+        steps: int | None = None,
+        eta: float = 0.0,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """`generate` straight into an uncompressed `.nii` and the `.json` beside it: the volume is never in memory.
+
+        Finished slabs are written while others are decoded; whatever interrupts it leaves no file. The arguments and
+        errors are `generate`'s, and VolumeError for another suffix. Returns the record.
+        """
+        out = Path(out)
+        if out.suffix != ".nii":
+            raise VolumeError(f"generate_to: {out}: the name must end in .nii; `generate` makes what can be compressed")
+        job = self._sample(anatomy, size, spacing, solver, steps, eta, seed)
+        affine = np.diag([*job.spacing, 1.0])
+        with job.meter.stage("decode"):
+            with stream_volume(out, job.size, affine, job.intensity) as on_slab:
+                self.autoencoder.decode_latent(job.latent, on_slab=on_slab, progress=True)
+        record = job.record | {"stages": job.meter.to_dicts()}
+        write_json(out.with_suffix(".json"), record)
+        return record
+
+    def _sample(
+        self,
+        anatomy: str | None,
+        size: Sequence[int] | None,
+        spacing: Sequence[float] | None,
+        solver: str,
+        steps: int | None,
+        eta: float,
+        seed: int,
+    ) -> _Sampled:
         anatomies = self.config.anatomies
         anatomy = next(iter(anatomies)) if anatomy is None else anatomy
         if anatomy not in anatomies:
@@ -194,19 +256,18 @@ class MedDiffusion:
             warnings.warn(
                 f"generate: {anatomy} was trained at sizes {', '.join(map(str, kind.sizes()))}, not {size}; "
                 "quality at other sizes is not known",
-                stacklevel=2,
+                stacklevel=3,
             )
         x, y, z = (n // self.config.autoencoder.downsample for n in size)
 
         meter = StageMeter(self.device)
         with meter.stage("sample"):
             latent = self.sample((z, x, y), kind.class_index, solver, steps, eta, seed)
-        with meter.stage("decode"):
-            tensor = self.decode_latent(latent)
         intensity = IntensityScale.ct() if kind.modality == "CT" else _GENERATED_MR
         record = {
             "anatomy": anatomy,
             "class": kind.class_index,
+            "modality": kind.modality,
             "size": list(size),
             "spacing_mm": list(spacing),
             "seed": seed,
@@ -218,9 +279,8 @@ class MedDiffusion:
             "dtype": str(self.dtype).removeprefix("torch."),
             "versions": {name: version(name) for name in ("meddiff", "torch")},
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "stages": meter.to_dicts(),
         }
-        return Volume.from_tensor(tensor, intensity=intensity, spacing=spacing, record=record)
+        return _Sampled(latent, size, spacing, intensity, record, meter)
 
     @torch.inference_mode()
     def encode(self, volume: Volume) -> EncodedVolume:
@@ -245,19 +305,36 @@ class MedDiffusion:
 
         Raises ValueError if another autoencoder encoded it.
         """
+        self._check_codebook(encoded)
+        x, y, z = encoded.shape
+        tensor = self._decode(encoded.indices[None])[..., :z, :x, :y]
+        return Volume.from_tensor(tensor, intensity=encoded.intensity, affine=encoded.affine, source=encoded.source)
+
+    @torch.inference_mode()
+    def decode_to(self, out: str | Path, encoded: EncodedVolume) -> None:
+        """`decode` straight into an uncompressed `.nii`: the volume is never in memory, and no half file is left.
+
+        Raises VolumeError for another suffix, ValueError if another autoencoder encoded it.
+        """
+        self._check_codebook(encoded)
+        with stream_volume(out, encoded.shape, encoded.affine, encoded.intensity, encoded.source) as on_slab:
+            self.autoencoder.decode(encoded.indices[None], on_slab=on_slab, progress=True)
+
+    def reconstruct(self, volume: Volume) -> Volume:
+        """Encode, quantise and decode jointly: same size, affine, orientation, dtype and units as `volume`."""
+        return self.decode(self.encode(volume))
+
+    def reconstruct_to(self, out: str | Path, volume: Volume) -> None:
+        """`reconstruct` straight into an uncompressed `.nii`, see `decode_to`."""
+        self.decode_to(out, self.encode(volume))
+
+    def _check_codebook(self, encoded: EncodedVolume) -> None:
         if encoded.codebook_sha256 != self._codebook_fingerprint:
             raise ValueError(
                 "decode: this latent belongs to another codebook "
                 f"(SHA-256 {encoded.codebook_sha256[:12]}…, this model's is {self._codebook_fingerprint[:12]}…); "
                 "load the model that encoded it"
             )
-        x, y, z = encoded.shape
-        tensor = self._decode(encoded.indices[None])[..., :z, :x, :y]
-        return Volume.from_tensor(tensor, intensity=encoded.intensity, affine=encoded.affine, source=encoded.source)
-
-    def reconstruct(self, volume: Volume) -> Volume:
-        """Encode, quantise and decode jointly: same size, affine, orientation, dtype and units as `volume`."""
-        return self.decode(self.encode(volume))
 
     @cached_property
     def _codebook_fingerprint(self) -> str:
