@@ -3,6 +3,7 @@
 Importing this registers `torch.ops.meddiff.*`; a tensor's device chooses the kernel.
 """
 
+from meddiff.decode.chain import plan_decoder, tiled_decode
 from meddiff.kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
 from meddiff.kernels.channel_norm import channel_norm
 from meddiff.kernels.diffusion_step import diffusion_step
@@ -20,7 +21,9 @@ __all__ = [
     "group_norm_silu",
     "layer_norm_modulate",
     "patchify",
+    "plan_decoder",
     "stitch",
+    "tiled_decode",
     "vq_decode",
     "vq_encode",
     "vq_nearest",
