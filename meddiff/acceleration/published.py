@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meddiff.acceleration.replacement import (
+    JOINT_DECODE,
     Found,
     Part,
     Unsupported,
     adopt,
+    decode_within,
     noise,
     plain,
     require_floating,
@@ -51,7 +53,7 @@ def find_autoencoder(module: nn.Module, budget: int | None) -> Found | None:
     require_floating(codebook.embeddings, "its codebook")
     config = _infer(infer_autoencoder_config, module, encoder)
     encode = partial(_encode, _on_their_weights(Encoder, config, encoder))
-    decode = partial(_decode, decoder, _on_their_weights(Decoder, config, decoder), budget)
+    network = _on_their_weights(Decoder, config, decoder)
     weight = encoder.conv_first.weight
     require_floating(weight, "its weights")
     with torch.no_grad():
@@ -59,10 +61,10 @@ def find_autoencoder(module: nn.Module, budget: int | None) -> Found | None:
         require_same(encode(probe), run_plain(encoder, "forward", probe), "its encoder")
         if not decoder.training:
             probe = noise((1, config.embedding_dim, 2, 3, 2), weight)
-            require_same(decode(probe), run_plain(decoder, "forward", probe), "its decoder")
+            require_same(_decode(decoder, network, None, probe), run_plain(decoder, "forward", probe), "its decoder")
     found = [
         Part(encoder, "forward", encode, "meddiff's encoder, patch by patch"),
-        without_backward(decoder, "forward", decode, "joint decode within the memory there is"),
+        without_backward(decoder, "forward", partial(_decode, decoder, network, budget), JOINT_DECODE),
     ]
     found.append(_find_codebook(codebook))
     if hasattr(module, "decode_sliding") and hasattr(module, "decode"):
@@ -98,7 +100,7 @@ def _encode(network: Encoder, x: Tensor) -> Tensor:
 
 def _decode(module: nn.Module, network: Decoder, budget: int | None, z: Tensor) -> Tensor:
     require_inference(module, z)
-    return network(z).contiguous()
+    return decode_within(network.layers(), z, budget)
 
 
 def _find_codebook(codebook: nn.Module) -> Part:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
+
+from meddiff.decode import Layer, decode_jointly
+from meddiff.resources import available_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Norm of the difference over the norm. A probe finds another structure, which is off by much more; what equal ones
 # differ by is rounding.
 _PROBE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
+JOINT_DECODE = "joint decode within the memory there is"
+_SHARE_OF_FREE = 0.9  # of the free memory; others need some too
 _SETTINGS = {
     nn.Conv3d: ("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
     nn.ConvTranspose3d: ("kernel_size", "stride", "padding", "output_padding", "dilation", "groups", "padding_mode"),
@@ -156,3 +161,29 @@ def run_plain(module: nn.Module, method: str, *arguments: object, **options: obj
     except Exception as error:  # another project's code may raise any
         reason = str(error).partition("\n")[0]
         raise Unsupported(f"on a probe its {method} failed: {type(error).__name__}: {reason}") from error
+
+
+def decode_within(layers: Sequence[Layer], z: Tensor, budget: int | None) -> Tensor:
+    """The joint decode of a latent within a budget, and within what is free; in the dtype of autocast, if it is on.
+
+    Returns a contiguous [B, O, D, H, W] without gradient. Raises as `meddiff.decode.decode_jointly`.
+    """
+    # a plan has no graph
+    run = torch.compiler.disable(_decode_within) if torch.compiler.is_compiling() else _decode_within
+    return run(layers, z, budget)
+
+
+@torch.no_grad()
+def _decode_within(layers: Sequence[Layer], z: Tensor, budget: int | None) -> Tensor:
+    device = z.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layers[0].weight.dtype
+    free = available_bytes(z.device)
+    if free is not None:
+        budget = min(int(_SHARE_OF_FREE * free), free if budget is None else budget)
+    with torch.autocast(device, enabled=False):
+        return decode_jointly([_cast(layer, dtype) for layer in layers], z.to(dtype), budget).contiguous()
+
+
+def _cast(layer: Layer, dtype: torch.dtype) -> Layer:
+    values = {field.name: getattr(layer, field.name) for field in fields(layer)}
+    return replace(layer, **{name: v.detach().to(dtype) for name, v in values.items() if isinstance(v, Tensor)})

@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from meddiff.acceleration import published, quantizers
+from meddiff.acceleration import monai_autoencoder, published, quantizers
 from meddiff.acceleration.replacement import Found, Part, Unsupported
 from meddiff.models import BiFlowNet, PatchVolumeAutoencoder
 
 _RECOGNISERS = (
     published.find_autoencoder,
     published.find_denoiser,
+    monai_autoencoder.find_kl_autoencoder,
     quantizers.find_ema_quantizer,
     quantizers.find_vector_quantize,
 )
@@ -69,10 +70,11 @@ def accelerate(module: nn.Module, memory_budget: int | None = None) -> Report:
     change: other instances of the class, and everything global, are untouched. Recognised are
 
     - the published 3D MedDiffusion autoencoder and BiFlowNet (Wang et al., TMI 2025);
+    - MONAI's AutoencoderKL and AutoencoderKlMaisi, whose decoder then runs in the memory there is;
     - the vector quantisers of MONAI (`EMAQuantizer`) and of vector-quantize-pytorch (`VectorQuantize`).
 
-    Encoder and denoiser can be trained afterwards. The rest has no backward: it is left as it is where the module is
-    in training mode, and called in training mode later it raises RuntimeError. Load the weights first; accelerate
+    Encoders and the denoiser can be trained afterwards. The rest has no backward: it is left as it is where the module
+    is in training mode, and called in training mode later it raises RuntimeError. Load the weights first; accelerate
     before wrapping (DistributedDataParallel, torch.compile, accelerate), or give the wrapper: what is in it is found.
     Accelerated modules may be called from several threads, and share nothing with each other.
 
