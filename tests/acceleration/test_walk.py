@@ -10,6 +10,8 @@ import threading
 import pytest
 import torch
 import torch.distributed as dist
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from vector_quantize_pytorch import VectorQuantize
@@ -122,6 +124,19 @@ def test_distributed_data_parallel(denoiser, relative_error):
         assert all(p.grad is not None for p in denoiser.parameters() if p.requires_grad)
     finally:
         dist.destroy_process_group()
+
+
+def test_prepared_by_accelerate():
+    module, x = VectorQuantize(dim=8, codebook_size=50).eval(), torch.randn(2, 40, 8)
+    wanted = module(x)[1]
+    meddiff.accelerate(module)
+    try:
+        prepared = Accelerator(cpu=True, mixed_precision="bf16").prepare_model(module, evaluation_mode=True)
+        assert torch.equal(prepared(x)[1], wanted)
+        report = meddiff.accelerate(Accelerator(cpu=True).prepare_model(VectorQuantize(dim=8, codebook_size=50).eval()))
+        assert not report.replaced and "before wrapping" in report.left[0].note
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_threads_share_nothing():
