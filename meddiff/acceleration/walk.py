@@ -76,6 +76,7 @@ def accelerate(module: nn.Module, memory_budget: int | None = None) -> Report:
     Encoders and the denoiser can be trained afterwards. The rest has no backward: it is left as it is where the module
     is in training mode, and called in training mode later it raises RuntimeError. Load the weights first; accelerate
     before wrapping (DistributedDataParallel, torch.compile, accelerate), or give the wrapper: what is in it is found.
+    Hooks of layers inside of a replaced network are not called.
     Accelerated modules may be called from several threads, and share nothing with each other.
 
     Args:

@@ -155,3 +155,20 @@ def test_other_heads_are_found_by_the_probe(published):
     model = published.BiFlowNet(PRESETS["tiny"].denoiser).eval()
     model.IntraPatchFlow_mid[0].heads = 4
     assert "differ by" in meddiff.accelerate(model).left[0].note
+
+
+def test_autocast_is_no_worse_than_its_own(autoencoder, denoiser, relative_error):
+    indices, patch = torch.randint(256, (1, 2, 2, 2)), torch.rand(1, 1, 16, 16, 16)
+    x, time, y, res = torch.randn(1, 8, 8, 8, 8), torch.tensor([3]), torch.tensor([2]), torch.full((1, 3), 0.125)
+
+    def run() -> list[torch.Tensor]:
+        return [autoencoder.decode(indices), autoencoder.encoder(patch), denoiser(x, time, y=y, res=res)]
+
+    exact = run()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        plain = run()
+        reports = [meddiff.accelerate(autoencoder), meddiff.accelerate(denoiser)]
+        fast = run()
+    assert [len(report.replaced) for report in reports] == [4, 1], "\n".join(map(str, reports))
+    for got, rounded, wanted in zip(fast, plain, exact):
+        assert relative_error(got, wanted) < 1.5 * relative_error(rounded, wanted)
