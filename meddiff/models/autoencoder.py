@@ -314,7 +314,7 @@ class PatchVolumeAutoencoder(nn.Module):
             (rows.shape[0], self.config.image_channels, *(n * f for n in rows.shape[2:])), dtype=self.dtype
         )
         for i, j, k in product(*(range(0, n, t) for n in rows.shape[2:])):
-            piece = self.decoder(rows[:, :, i : i + t, j : j + t, k : k + t])
+            piece = self._decode_jointly(rows[:, :, i : i + t, j : j + t, k : k + t], memory_budget, None, False)
             d, h, w = piece.shape[2:]
             volume[:, :, i * f :, j * f :, k * f :][..., :d, :h, :w] = piece
         return volume
