@@ -12,9 +12,9 @@ FLOORS = [
     {"config", "files", "progress", "resources"},
     {"kernels"},
     {"decode"},
-    {"models"},
+    {"models", "ops"},
     {"checkpoint", "sampling", "volume"},
-    {"conversion", "doctor", "pipelines", "report"},
+    {"acceleration", "conversion", "doctor", "pipelines", "report"},
     {"training"},
     {"cli"},
 ]

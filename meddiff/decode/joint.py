@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meddiff.decode.layers import Attention, Conv, Layer, Norm, UpConv
+from meddiff.decode.layers import Attention, Conv, Interpolate, Layer, Norm, UpConv
 from meddiff.decode.plan import PARKED, RECOMPUTED, Pass, Plan, make_plan, window_planes
 from meddiff.kernels.group_norm_silu import group_norm_silu
 from meddiff.kernels.norm_silu_conv3d import norm_silu_conv3d, scratch_tile
@@ -308,6 +308,8 @@ class _Decoder:
         layer, (_, height, width) = self.layers[t - 1], self.plan.shapes[t].size(self.plan.size)
         if isinstance(layer, UpConv):
             write = partial(self._write_up, layer.source, layer.weight, layer.bias, t, (start, stop))
+        elif isinstance(layer, Interpolate):
+            write = partial(self._interpolate, layer.source, t, (start, stop))
         else:
             write = self._conv_writer(p, t, start, stop)
         for h, w in product(_parts(height, p.tile[0]), _parts(width, p.tile[1])):
@@ -337,6 +339,29 @@ class _Decoder:
             pads += [int(first == 0), int(last == n)]
         x = self._planes(source, *places[0])[:, :, :, slice(*places[1]), slice(*places[2])]
         up_conv3d(x, weight, bias, pads, out, statistics)
+
+    def _interpolate(
+        self,
+        source: int,
+        t: int,
+        d: tuple[int, int],
+        h: tuple[int, int],
+        w: tuple[int, int],
+        out: Tensor,
+        statistics: Tensor | None,
+    ) -> None:
+        """One tile of a trilinear doubling that gives tensor t its size. What the halo of one becomes is dropped; where
+        the volume ends there is none, and the last number is repeated, as in the whole."""
+        places, kept = [], []
+        for (first, last), n in zip((d, h, w), self.plan.shapes[t].size(self.plan.size)):
+            before = max(first // 2 - 1, 0)
+            places.append((before, min((last + 1) // 2 + 1, n // 2)))
+            kept.append(slice(first - 2 * before, last - 2 * before))
+        x = self._planes(source, *places[0])[:, :, :, slice(*places[1]), slice(*places[2])]
+        out.copy_(F.interpolate(x, scale_factor=2.0, mode="trilinear")[(..., *kept)])
+        if statistics is not None:
+            variance, mean = torch.var_mean(out.double(), dim=(2, 3, 4), correction=0)
+            statistics.copy_(torch.stack([mean, variance * out[0, 0].numel()], dim=1))
 
     def _conv_writer(self, p: Pass, t: int, start: int, stop: int) -> Callable:
         """What writes a tile of these planes: write(its place along H, along W, out, statistics)."""

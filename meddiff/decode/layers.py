@@ -94,7 +94,19 @@ class Attention:
         return self.out_weight.shape[0]
 
 
-Layer = Conv | UpConv | Attention
+@dataclass(frozen=True, eq=False)
+class Interpolate:
+    """Trilinear doubling, as of `F.interpolate(source, scale_factor=2, mode="trilinear")`."""
+
+    name: str
+    source: int
+    channels: int
+
+    norm = residual = residual_weight = None
+    doubles = True
+
+
+Layer = Conv | UpConv | Interpolate | Attention
 
 
 @dataclass(frozen=True)
@@ -119,7 +131,9 @@ def shapes(layers: Sequence[Layer], channels: int) -> list[Shape]:
         if not 0 <= layer.source < i or (layer.residual is not None and not 0 <= layer.residual < i):
             raise ValueError(f"decode: {layer.name} must read tensors that are written before it")
         source = found[layer.source]
-        if isinstance(layer, UpConv):
+        if isinstance(layer, Interpolate):
+            wanted = layer.channels
+        elif isinstance(layer, UpConv):
             wanted = layer.weight.shape[0]
         else:
             wanted = (layer.qkv_weight if isinstance(layer, Attention) else layer.weight).shape[1]

@@ -22,7 +22,7 @@ from itertools import product
 
 import torch
 
-from meddiff.decode.layers import Attention, Conv, Layer, Shape, UpConv, shapes
+from meddiff.decode.layers import Attention, Conv, Interpolate, Layer, Shape, UpConv, shapes
 
 KEPT, ROLLING, RECOMPUTED, PARKED = "kept", "rolling", "recomputed", "parked"
 # (planes of a slab, voxels of a tile), from the fastest to the smallest
@@ -386,6 +386,8 @@ class _Planner:
             return (2 * source + 5 * layer.out_weight.shape[1]) * tokens * self.itemsize
         if isinstance(layer, UpConv):
             return (source * (d // 2 + 2) * (h // 2 + 2) * (w // 2 + 2) + y) * self.itemsize
+        if isinstance(layer, Interpolate):
+            return source * (d + 4) * (h + 4) * (w + 4) * self.itemsize
         halo = layer.weight.shape[2] - 1
         taken = source * (d + halo) * (h + halo) * (w + halo)
         extra = 0
@@ -417,6 +419,8 @@ class _Planner:
     def _flops(self, layer: Layer, voxels: int, merged: bool) -> float:
         if isinstance(layer, Attention):
             return 2.0 * voxels * (layer.qkv_weight.numel() + layer.out_weight.numel())
+        if isinstance(layer, Interpolate):
+            return 16.0 * voxels * layer.channels  # eight numbers, weighted
         per_voxel = layer.weight.numel() // 8 if isinstance(layer, UpConv) else layer.weight.numel()
         if merged:
             per_voxel += 8 * layer.channels * self.layer(layer.residual).weight.shape[0]
