@@ -194,7 +194,7 @@ class _Decoder:
         moments = self.moments.get(t)
         if isinstance(layer, Attention):
             if start == 0:
-                self._attend(p, layer, self.whole[t].buffer, moments)
+                self._attend(p, layer, self.whole[t].planes(0, self.plan.shapes[t].size(self.plan.size)[0]), moments)
             return
         resident = p.stored and self.plan.storage[t] != PARKED
         out = self.whole[t].planes(start, stop) if resident else self._new(t, stop - start)

@@ -79,6 +79,14 @@ def test_odd_latents(decoders, size, downsample, relative_error):
         assert relative_error(decode_jointly(layers, z, budget), wanted) < 1e-5
 
 
+def test_a_deep_latent_whose_attention_lends_its_memory(decoders, relative_error):
+    z, layers = latent(1, 8, 20, 1, 1), decoders[8].layers()
+    plan = make_plan(layers, tuple(z.shape), z.dtype, CPU)
+    lent = {type(layers[t - 1]) for t in plan.over.values() if t}
+    assert Attention in lent
+    assert relative_error(decode_jointly(layers, z, plan=plan), decoders[8](z)) < 1e-5
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     size=st.tuples(*[st.integers(1, 3)] * 3),
