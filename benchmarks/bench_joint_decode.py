@@ -20,13 +20,12 @@ import torch.nn.functional as F
 from common import append_result, print_table
 from torch import Tensor, nn
 
-from meddiff.cli import _bytes
 from meddiff.config import PRESETS
 from meddiff.decode import make_plan
 from meddiff.decode.plan import device_figures
 from meddiff.models import PatchVolumeAutoencoder
 from meddiff.models.blocks import GroupNorm
-from meddiff.resources import StageMeter, default_device, default_dtype
+from meddiff.resources import StageMeter, bytes_of, default_device, default_dtype
 from meddiff.training.evaluation import seam_score
 
 # norm of the difference to the joint decode over its norm, for outputs to count as the same
@@ -128,7 +127,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--presets", nargs="+", choices=sorted(PRESETS), default=["8x"])
     parser.add_argument("--sizes", nargs="+", type=int, default=[128], help="voxels along each axis")
-    parser.add_argument("--budgets", nargs="+", type=_bytes, default=[_bytes("0.9GB"), _bytes("0.5GB")])
+    parser.add_argument("--budgets", nargs="+", type=bytes_of, default=[900_000_000, 500_000_000])
     parser.add_argument("--peers", nargs="*", choices=_PEERS, default=_PEERS)
     parser.add_argument("--dtype", choices=list(_TOLERANCE))
     parser.add_argument("--repeats", type=int, default=3)

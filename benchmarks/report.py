@@ -12,7 +12,7 @@ import json
 from common import RESULTS, ROOT
 
 _BEGIN, _END = "<!-- results: written by benchmarks/report.py -->\n", "<!-- end of results -->\n"
-_JOBS = ("autoencoder", "biflownet_step", "sample_512")
+_JOBS = ("autoencoder", "biflownet_step", "joint_decode", "sample_512")
 _HEADER = ["case", "dtype", "time, p50", "peak memory", "× best peer", "device", "command"]
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import re
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -204,7 +203,7 @@ def plan(
     from meddiff.config import PRESETS
     from meddiff.decode import make_plan
     from meddiff.models import PatchVolumeAutoencoder
-    from meddiff.resources import available_bytes, default_device, default_dtype
+    from meddiff.resources import available_bytes, bytes_of, default_device, default_dtype
 
     config = PRESETS[preset].autoencoder
     x, y, z = _triple(size, int)
@@ -215,7 +214,10 @@ def plan(
     with torch.device("meta"):
         layers = PatchVolumeAutoencoder(config).decoder.layers()
     latent = (1, config.embedding_dim, *(n // config.downsample for n in (z, x, y)))
-    limit = _bytes(budget) if budget else available_bytes(place)
+    try:
+        limit = bytes_of(budget) if budget else available_bytes(place)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
     print(make_plan(layers, latent, precision, place, limit).table())
 
 
@@ -425,15 +427,6 @@ def _triple(text: float | str | None, number: type[int] | type[float]) -> tuple 
     if len(values) not in (1, 3) or not all(v > 0 for v in values):
         raise UsageError(f"expected a positive number, or three such as 256x256x128, got {text}")
     return values * 3 if len(values) == 1 else values
-
-
-def _bytes(text: str) -> int:
-    """8GB, 900MB, 7.5GiB or a plain number of bytes."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
-    if found is None or float(found[1]) == 0:
-        raise UsageError(f"expected a positive amount of memory such as 8GB, 900MB or 7.5GiB, got {text}")
-    power = " KMGT".index(found[2].upper()) if found[2] else 0
-    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
 
 
 def _window(low: float | None, high: float | None) -> tuple[float, float] | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -95,7 +96,7 @@ class _Delivery:
 def _run(plan: Plan, layers: Sequence[Layer], z: Tensor, on_slab: OnSlab | None, progress: bool) -> Tensor | None:
     out, size = plan.shapes[-1], plan.shapes[-1].size(plan.size)
     volume = None if on_slab else scratch_tile(z, out.channels, size)
-    with counted(plan.flops, "decoding") if progress else _nothing_counted() as advance:
+    with counted(plan.flops, "decoding") if progress else nullcontext(lambda _: None) as advance:
         for b, sample in enumerate(z.split(1)):
             decoder = _Decoder(plan, layers, sample)
             for p in plan.passes:
@@ -110,14 +111,6 @@ def _run(plan: Plan, layers: Sequence[Layer], z: Tensor, on_slab: OnSlab | None,
                     advance(p.flops / len(steps))
                 decoder.leave(p)
     return volume
-
-
-class _nothing_counted:
-    def __enter__(self) -> Callable[[float], None]:
-        return lambda _: None
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
 
 class _Whole:

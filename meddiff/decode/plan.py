@@ -29,7 +29,7 @@ KEPT, ROLLING, RECOMPUTED, PARKED = "kept", "rolling", "recomputed", "parked"
 _CUTS = ((16, 2**18), (8, 2**17), (4, 2**16), (2, 2**15), (1, 2**14))
 _TILE_WIDTH = 128  # voxels along W
 _TILE_BYTES = 3 * 2**23  # of the widest tensor: scratch beyond 32 MiB is new memory from the system in every call
-_MOST_CHOICES = 10  # tensors of one resolution whose storage is searched; more of them are kept
+_MOST_CHOICES = 8  # tensors of one resolution whose storage is searched; more of them are kept
 
 
 @dataclass(frozen=True)
