@@ -102,7 +102,7 @@ def work(case: dict) -> dict:
     result["seconds"] = [stage.seconds for stage in meter.stages]
     result["peak_bytes"] = max(stage.peak_bytes or 0 for stage in meter.stages)
     result["loaded_bytes"] = loaded.stages[0].peak_bytes or 0
-    if case["size"] <= 256:
+    if _TILE < case["size"] <= 256:
         result["seam_score"] = seam_score(volume.float(), _TILE)
     return result
 
