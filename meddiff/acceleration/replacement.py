@@ -8,7 +8,7 @@ from dataclasses import dataclass, fields, replace
 import torch
 from torch import Tensor, nn
 
-from meddiff.decode import Layer, decode_jointly
+from meddiff.decode import Layer, OnSlab, decode_jointly
 from meddiff.resources import available_bytes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -163,25 +163,34 @@ def run_plain(module: nn.Module, method: str, *arguments: object, **options: obj
         raise Unsupported(f"on a probe its {method} failed: {type(error).__name__}: {reason}") from error
 
 
-def decode_within(layers: Sequence[Layer], z: Tensor, budget: int | None) -> Tensor:
-    """The joint decode of a latent within a budget, and within what is free; in the dtype of autocast, if it is on.
+def decode_within(
+    layers: Sequence[Layer], z: Tensor, budget: int | None, on_slab: OnSlab | None = None
+) -> Tensor | None:
+    """`meddiff.decode.decode_jointly` within a budget, and within what is free; in the dtype of autocast, if it is on.
 
-    Returns a contiguous [B, O, D, H, W] without gradient. Raises as `meddiff.decode.decode_jointly`.
+    Returns a contiguous [B, O, D, H, W] without gradient, or None with `on_slab`.
     """
     # a plan has no graph
     run = torch.compiler.disable(_decode_within) if torch.compiler.is_compiling() else _decode_within
-    return run(layers, z, budget)
+    return run(layers, z, budget, on_slab)
 
 
 @torch.no_grad()
-def _decode_within(layers: Sequence[Layer], z: Tensor, budget: int | None) -> Tensor:
-    device = z.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else layers[0].weight.dtype
+def _decode_within(layers: Sequence[Layer], z: Tensor, budget: int | None, on_slab: OnSlab | None) -> Tensor | None:
+    dtype = running_dtype(layers[0].weight)
     free = available_bytes(z.device)
     if free is not None:
         budget = min(int(_SHARE_OF_FREE * free), free if budget is None else budget)
-    with torch.autocast(device, enabled=False):
-        return decode_jointly([_cast(layer, dtype) for layer in layers], z.to(dtype), budget).contiguous()
+    layers = [_cast(layer, dtype) for layer in layers]
+    with torch.autocast(z.device.type, enabled=False):
+        volume = decode_jointly(layers, z.to(dtype), budget, on_slab)
+    return None if volume is None else volume.contiguous()
+
+
+def running_dtype(weight: Tensor) -> torch.dtype:
+    """Autocast's, if it is on, else that of the weights."""
+    device = weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
 
 
 def _cast(layer: Layer, dtype: torch.dtype) -> Layer:

@@ -81,7 +81,8 @@ def accelerate(module: nn.Module, memory_budget: int | None = None) -> Report:
 
     Args:
         module: any module; its dtype may be float32, bfloat16 or float16.
-        memory_budget: bytes that a joint decode may take beside the weights; None is what is free.
+        memory_budget: bytes that a joint decode, or an encode of MONAI's, may take beside the weights; None is what is
+            free.
 
     Returns:
         What was replaced, by what, and what was left and why. `restore` undoes it; so does a second call, first of all.

@@ -169,6 +169,17 @@ class _Moments:
         return mean, m2 / count
 
 
+def _moments_of(z: Tensor) -> _Moments:
+    """Of a tensor [1, C, D, H, W] that is there already, plane by plane."""
+    moments = _Moments([], [])
+    for plane in z.unbind(2):
+        count = plane[0, 0].numel()
+        variance, mean = torch.var_mean(plane.double(), dim=(0, 2, 3), correction=0)
+        moments.counts.append(count)
+        moments.parts.append(torch.stack([mean, variance * count]).float())
+    return moments
+
+
 class _Decoder:
     """One sample's tensors while a plan runs."""
 
@@ -184,6 +195,8 @@ class _Decoder:
         self.normalised = {layer.source for layer in layers if isinstance(layer, Conv) and layer.norm is not None}
         self.last_use = {t: i for i, p in enumerate(plan.passes) for t in self._reads(p)}
         self.done = 0  # passes
+        if 0 in self.normalised:
+            self.totals[0] = _moments_of(whole).total()
 
     def visit(self, p: Pass, start: int) -> None:
         """Compute the slab of a pass from plane `start` on, and gather its statistics."""

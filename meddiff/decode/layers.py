@@ -140,8 +140,6 @@ def shapes(layers: Sequence[Layer], channels: int) -> list[Shape]:
         if wanted != source.channels:
             raise ValueError(f"decode: {layer.name} reads {wanted} channels, and its source has {source.channels}")
         shape = Shape(layer.channels, source.doublings + layer.doubles)
-        if layer.norm is not None and layer.source == 0:
-            raise ValueError(f"decode: {layer.name} normalises the latent, whose statistics nobody has gathered")
         if isinstance(layer, Attention) and shape.doublings:
             raise ValueError(f"decode: {layer.name} must come before the first doubling; attention is global")
         if layer.residual is not None:

@@ -260,7 +260,9 @@ class _Planner:
         return least, min(fitting, key=lambda candidate: (candidate.seconds, candidate.peak), default=least)
 
     def _candidates(self, segment: list[int]) -> Iterator[_Candidate]:
-        free = [t for t in segment if t not in self.doubled and t != self.last] if segment[0] > 1 else []
+        free = [t for t in segment if t not in self.doubled and t != self.last]
+        if any(isinstance(self.layer(t), Attention) for t in segment):
+            free = []
         kept = free[:-_MOST_CHOICES]
         kinds = [KEPT, RECOMPUTED] + ([PARKED] if self.device.type == "cuda" else [])
         for cut in _CUTS:

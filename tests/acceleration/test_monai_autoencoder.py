@@ -11,7 +11,7 @@ from monai.networks.nets import AutoencoderKL
 
 import meddiff
 
-BY = [("encoder", "fused norms, channels-last, no splits"), ("decoder", "joint decode within the memory there is")]
+BY = [("encoder", "level by level within the memory there is"), ("decoder", "joint decode within the memory there is")]
 
 
 def maisi(channels=(8, 16, 16), groups=8, splits=1, **options) -> AutoencoderKlMaisi:
@@ -59,6 +59,21 @@ def test_encoding_odd_sizes(name, relative_error):
         for fast, expected in zip(model.encode(x), wanted):
             assert fast.is_contiguous() and fast.shape == expected.shape
             assert relative_error(fast, expected) < 1e-5
+
+
+def test_an_encoder_within_a_budget(relative_error):
+    model, x = maisi(), torch.randn(1, 1, 18, 40, 33)
+    wanted = model.encode(x)
+    meddiff.accelerate(model, memory_budget=1)
+    with pytest.raises(MemoryError, match=r"18×40×33 voxels in float32 need at least (\S+) MB") as error:
+        model.encode(x)
+    least = 1.05e6 * float(str(error.value).split("at least ")[1].split()[0])
+    level = 8 * x.nbytes  # one tensor of the first level
+    assert least < 1.5 * level
+    out = 8 * 9 * 20 * 16 * 4
+    meddiff.accelerate(model, memory_budget=int(least) + out)
+    for fast, expected in zip(model.encode(x), wanted):
+        assert relative_error(fast, expected) < 1e-5
 
 
 def test_an_encoder_trains_as_before(relative_error):

@@ -38,6 +38,7 @@ DECODERS = {
     "nearest": lambda: decoder(nn.Upsample(scale_factor=2, mode="nearest"), conv(8, 8)),
     "trilinear": lambda: decoder(nn.Upsample(scale_factor=(2.0, 2.0, 2.0), mode="trilinear"), conv(8, 8)),
     "trilinear, then norm": lambda: decoder(nn.Upsample(scale_factor=2, mode="trilinear")),
+    "norm of the latent": lambda: nn.Sequential(nn.GroupNorm(2, 4), nn.SiLU(), conv(4, 8), *decoder(nn.Identity())[1:]),
     "transposed": lambda: decoder(nn.ConvTranspose3d(8, 8, 4, stride=2, padding=1)),
 }
 
