@@ -19,10 +19,9 @@ _DEMO = ROOT / "meddiff" / "demo"
 _SCORES = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "seam": "seam score"}
 _EVALUATIONS = {  # what was decoded how → file of the evaluation, prefix of its scores
     "after stage 1, patches decoded by themselves": ("evaluation_stage1.json", "disjoint_"),
-    "after stage 1, decoded jointly": ("evaluation_stage1.json", ""),
     "after stage 2, decoded jointly": ("evaluation.json", ""),
 }
-_JOBS = ("autoencoder", "biflownet_step", "joint_decode", "sample_512")
+_JOBS = ("biflownet_step", "joint_decode", "sample_512")
 _HEADER = ["case", "dtype", "time, p50", "peak memory", "× best peer", "device", "command"]
 
 
@@ -61,11 +60,13 @@ def scores() -> list[list[str]]:
     rows = []
     for title, (file, prefix) in _EVALUATIONS.items():
         volumes = json.loads((_DEMO / file).read_text())["volumes"]
-        template = [v for v in volumes if v["file"].startswith("template_")]
-        unseen = [v for v in volumes if v not in template]
-        for what, group in ((f"{len(unseen)} unseen deformations", unseen), ("MNI152, not deformed", template)):
-            means = [f"{fmean(v[prefix + name] for v in group):.{1 if name == 'psnr' else 3}f}" for name in _SCORES]
-            rows.append([title, what, *means, f"{fmean(v['seam_original'] for v in group):.3f}"])
+        for contrast, name in (("T1", "mr_t1_brain"), ("T2-like", "mr_t2_brain")):
+            of_contrast = [v for v in volumes if v["file"].endswith(f"{name}.nii.gz")]
+            template = [v for v in of_contrast if v["file"].startswith("template_")]
+            unseen = [v for v in of_contrast if v not in template]
+            for what, group in ((f"{len(unseen)} unseen deformations", unseen), ("MNI152, not deformed", template)):
+                means = [f"{fmean(v[prefix + key] for v in group):.{1 if key == 'psnr' else 3}f}" for key in _SCORES]
+                rows.append([title, f"{contrast}, {what}", *means, f"{fmean(v['seam_original'] for v in group):.3f}"])
     return rows
 
 

@@ -48,6 +48,7 @@ COMPONENTS: dict[str, tuple[type[ComponentConfig], Callable[[Any], nn.Module]]] 
     "autoencoder": (AutoencoderConfig, PatchVolumeAutoencoder),
     "denoiser": (DenoiserConfig, BiFlowNet),
 }
+SHIPPED = {"demo": Path(__file__).parent / "demo"}
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _EXTRA_FILES = ("conversion.json",)
 _STORED_DTYPES = ("F32", "BF16", "F16")
@@ -97,10 +98,11 @@ def save_model(
 def load_model(
     folder_or_hub_id: str | Path, device: torch.device | str | None = None, dtype: torch.dtype | None = None
 ) -> LoadedModel:
-    """The model in a local folder, else in a Hugging Face repository `org/name[@revision]` (JSON and safetensors only).
+    """The model that ships under a name of SHIPPED, or in a local folder, or in a Hugging Face repository
+    `org/name[@revision]` (JSON and safetensors only).
 
     Args:
-        folder_or_hub_id: a folder is looked for first.
+        folder_or_hub_id: looked for in this order; "./demo" is a folder, "demo" the shipped model.
         device: where the weights go; None is the CPU.
         dtype: of the weights: torch.float32 (also None), torch.bfloat16, or torch.float16 on CUDA, else a TypeError.
             The codebook is float32 always.
@@ -326,10 +328,12 @@ def _move_into_place(staging: Path, folder: Path) -> None:
 
 
 def locate(source: str | Path) -> Path:
-    """The folder of a model: a local one, or the copy of a hub repository.
+    """The folder of a model: one that meddiff ships (SHIPPED), a local one, or the copy of a hub repository.
 
     Raises CheckpointError where there is none.
     """
+    if source in SHIPPED:
+        return SHIPPED[source]
     folder = Path(source).expanduser()
     if folder.is_dir():
         return folder

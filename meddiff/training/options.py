@@ -157,7 +157,7 @@ class EvaluationOptions:
     Args:
         out: JSON file to write.
         data: Folder of NIfTI files, or a .csv or .json list with `file` and perhaps modality, low and high.
-        model: Model folder, folder of an autoencoder, or hub repository.
+        model: Model folder, folder of an autoencoder, or hub repository; by default the small demo that ships.
         spacing: mm along X, Y, Z to which volumes are resampled; by default they stay as they are.
         disjoint: Whether every patch is decoded by itself, too, to compare.
         generated: Folder or list of generated volumes, for FID and MMD against data.
@@ -168,7 +168,7 @@ class EvaluationOptions:
 
     out: str
     data: str
-    model: str
+    model: str = "demo"
     spacing: tuple[float, float, float] | None = None
     disjoint: bool = False
     generated: str | None = None

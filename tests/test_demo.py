@@ -1,0 +1,108 @@
+"""The model that ships: what a person sees who has only installed the package."""
+
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+import meddiff
+from meddiff.checkpoint import SHIPPED
+from meddiff.cli import main
+from meddiff.config import ANATOMIES
+
+DEMO = SHIPPED["demo"]
+SIZE, SPACING = (192, 192, 192), (1.0, 1.0, 1.0)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return meddiff.from_pretrained("demo")
+
+
+@pytest.fixture(scope="module")
+def template() -> list[meddiff.Volume]:
+    """The MNI152 template that it learned from, T1 and T2-like, not deformed."""
+    pytest.importorskip("nilearn")
+    from meddiff.training.population import undeformed
+
+    return undeformed(SIZE, SPACING)
+
+
+def similarity(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    from meddiff.training import evaluation
+
+    tensors = [torch.from_numpy(x / 500.0 - 1).float()[None, None] for x in (a, b)]
+    return evaluation.similarity(*tensors)
+
+
+def test_it_is_small_and_has_a_card():
+    files = [path for path in DEMO.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") <= 12_000_000
+    assert "not a medical model" in (DEMO / "README.md").read_text()
+    assert {path.name for path in files} == {
+        "README.md",
+        "config.json",
+        "evaluation.json",
+        "evaluation_stage1.json",
+        "model.safetensors",
+        "preview.png",
+    }
+
+
+def test_it_knows_its_classes_and_sizes(model):
+    anatomies = model.config.anatomies
+    assert list(anatomies) == ["mr_t1_brain", "mr_t2_brain"]
+    assert all(anatomy.class_index == ANATOMIES[name].class_index for name, anatomy in anatomies.items())
+    assert {volume for a in anatomies.values() for volume in a.volumes} == {
+        (SIZE, SPACING),
+        ((128, 192, 128), (1.25, 1.25, 1.25)),
+    }
+
+
+def test_it_reconstructs_the_brain_that_it_learned_from_as_its_card_says(model, template):
+    written = json.loads((DEMO / "evaluation.json").read_text())
+    for volume, name, psnr, ssim in zip(template, ("mr_t1_brain", "mr_t2_brain"), (28, 24), (0.90, 0.78)):
+        scores = similarity(model.reconstruct(volume).data, volume.data)
+        assert scores["psnr"] >= psnr and scores["ssim"] >= ssim
+        (of_template,) = (v for v in written["volumes"] if v["file"] == f"template_0_{name}.nii.gz")
+        assert scores["psnr"] == pytest.approx(of_template["psnr"], abs=0.3)
+
+
+def test_unseen_brains_are_as_good_and_stage_2_lowers_the_seams():
+    written = json.loads((DEMO / "evaluation.json").read_text())
+    unseen = [v for v in written["volumes"] if v["file"].endswith("mr_t1_brain.nii.gz") and v["file"][0].isdigit()]
+    assert len(unseen) == 4
+    assert all(v["psnr"] >= 28 and v["ssim"] >= 0.90 for v in unseen)
+    disjoint = json.loads((DEMO / "evaluation_stage1.json").read_text())["mean"]["disjoint_seam"]
+    assert written["mean"]["seam"] < disjoint
+
+
+def test_it_is_the_default_of_the_command_line(tmp_path, template, capsys):
+    source, again = tmp_path / "t1.nii.gz", tmp_path / "again.nii.gz"
+    template[0].save(source)
+    assert main(["reconstruct", str(source), "--out", str(again)]) == 0
+    found, wanted = (np.asarray(nib.load(path).dataobj, dtype=np.float32) for path in (again, source))
+    assert similarity(found, wanted)["ssim"] >= 0.88  # intensities by percentiles here
+    np.testing.assert_allclose(nib.load(again).affine, nib.load(source).affine)
+
+
+def test_it_generates_different_brains(tmp_path, template, capsys):
+    brains = []
+    for seed in (1, 2):
+        out = tmp_path / f"{seed}.nii.gz"
+        assert main(["generate", "--out", str(out), "--seed", str(seed), "--steps", "20"]) == 0
+        record = json.loads((tmp_path / f"{seed}.json").read_text())
+        assert record["anatomy"] == "mr_t1_brain" and record["size"] == list(SIZE) and record["model"]["trained"]
+        brains.append(nib.load(out).get_fdata() / 1000)
+    mean = template[0].data / 1000
+    inside = mean > 0.2
+    for brain in brains:
+        assert np.corrcoef(brain.ravel(), mean.ravel())[0, 1] > 0.85  # a brain, in its place
+        assert (brain[:8] < 0.05).all() and (brain[..., :4] < 0.05).all()  # in a field of air
+        ventricles = brain[60:68, 70:80, 68:74]  # dark, and white matter beside them bright
+        assert ventricles.min() < 0.5 * np.median(brain[inside])
+    assert np.abs(brains[0] - brains[1])[inside].mean() > 0.01
