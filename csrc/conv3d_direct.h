@@ -77,6 +77,11 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(DirectLaunch c) 
       float x = device::load(from + channel * p.x.stride[1]);
       if (p.scale) x = fmaf(x, p.scale[b * p.channels() + channel], p.shift[b * p.channels() + channel]);
       if (p.silu) x = silu(x);
+      if (p.scale || p.silu) {  // rounded, as tensor cores take it
+        T rounded;
+        device::store(&rounded, x);
+        x = device::load(&rounded);
+      }
 #pragma unroll
       for (int i = 0; i < 8; ++i) acc[i] = fmaf(x, weights[i], acc[i]);
     }
@@ -111,11 +116,11 @@ __global__ void __launch_bounds__(kDirectThreads) direct_kernel(DirectLaunch c) 
   const float* values = &shared.at<float>(static_cast<int>(threadIdx.x) * kDirectThreads * 4);
   float mean = 0, m2 = 0;
   for (int i = 0; i < count; ++i) {
-    const float delta = values[i] - mean;
+    const float value = values[i] - values[0], delta = value - mean;  // small numbers: no digits are lost
     mean += delta / static_cast<float>(i + 1);
-    m2 = fmaf(delta, values[i] - mean, m2);
+    m2 = fmaf(delta, value - mean, m2);
   }
-  c.partial[task * 2 * p.outputs() + channel] = mean;
+  c.partial[task * 2 * p.outputs() + channel] = values[0] + mean;
   c.partial[(task * 2 + 1) * p.outputs() + channel] = m2;
   if (channel == 0) c.counts[task] = static_cast<float>(count);
 }

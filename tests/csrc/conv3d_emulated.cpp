@@ -1,7 +1,7 @@
 // Runs csrc/norm_silu_conv3d.cu and csrc/up_conv3d.cu on an emulated device. Argument: a file of int64 numbers
 //   bytes of shared memory, type (0 float32, 1 bfloat16, 2 float16), transposed, silu, upsample, six pads,
-//   then 12 for each of x, weight, residual, residual_weight, out: bytes of its storage (0: there is none), bytes before
-//   its first element, five sizes, five strides,
+//   then 12 for each of x, weight, residual, residual_weight, out: bytes of its storage (0: there is none), bytes
+//   before its first element, five sizes, five strides,
 //   and bytes of bias, residual_bias, scale, shift and statistics,
 // and the bytes of all of these in this order. Writes out's storage and the statistics to standard output, and the plan
 // to standard error.
@@ -84,6 +84,8 @@ int main(int argc, char** argv) {
                                  : meddiff::norm_silu_conv3d_cuda(p, workspace.get(), nullptr);
   if (error) return 5;
   for (int i : {4, 9})
-    if (std::fwrite(storage[i].data, 1, storage[i].bytes, stdout) != static_cast<size_t>(storage[i].bytes)) return 6;
+    if (storage[i].bytes > 0 &&
+        std::fwrite(storage[i].data, 1, storage[i].bytes, stdout) != static_cast<size_t>(storage[i].bytes))
+      return 6;
   return 0;
 }

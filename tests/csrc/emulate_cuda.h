@@ -2,11 +2,12 @@
 // memory is filled with NaNs before each block, and operations of a whole warp exchange their operands at a barrier.
 #pragma once
 
-#include <barrier>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -22,10 +23,44 @@ struct Index {
 inline thread_local Index threadIdx, blockIdx;
 inline Index gridDim, blockDim;
 
+// std::barrier of libstdc++ waits through atomics that all barriers of the program share; to ThreadSanitizer they order
+// threads that no barrier of ours has ordered, and a missing one goes unseen.
+class EmulatedBarrier {
+ public:
+  explicit EmulatedBarrier(int threads) : expected_(threads) {}
+
+  void arrive_and_wait() {
+    std::unique_lock lock(mutex_);
+    const unsigned phase = phase_;
+    if (++arrived_ == expected_) {
+      complete();
+    } else {
+      changed_.wait(lock, [&] { return phase_ != phase; });
+    }
+  }
+
+  void arrive_and_drop() {
+    const std::lock_guard lock(mutex_);
+    if (arrived_ == --expected_ && arrived_ > 0) complete();
+  }
+
+ private:
+  void complete() {
+    arrived_ = 0;
+    ++phase_;
+    changed_.notify_all();
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  int expected_, arrived_ = 0;
+  unsigned phase_ = 0;
+};
+
 struct EmulatedWarp {
   explicit EmulatedWarp(int lanes) : barrier(lanes) {}
 
-  std::barrier<> barrier;
+  EmulatedBarrier barrier;
   alignas(16) unsigned char slots[2][32 * 128];
 };
 struct EmulatedCopy {
@@ -33,7 +68,7 @@ struct EmulatedCopy {
   const void* from;  // null: zeros
 };
 
-inline std::barrier<>* emulated_barrier;
+inline EmulatedBarrier* emulated_barrier;
 inline std::vector<std::unique_ptr<EmulatedWarp>> emulated_warps;
 inline unsigned char* emulated_shared;
 inline int emulated_largest_shared_memory = 227 << 10;
@@ -63,7 +98,7 @@ void emulate(int64_t blocks, int threads, Kernel kernel, int shared_bytes = 0) {
   gridDim.x = static_cast<unsigned>(blocks);
   blockDim.x = static_cast<unsigned>(threads);
   for (int64_t block = 0; block < blocks; ++block) {
-    std::barrier<> barrier(threads);
+    EmulatedBarrier barrier(threads);
     emulated_barrier = &barrier;
     emulated_warps.clear();
     for (int first = 0; first < threads; first += 32)
