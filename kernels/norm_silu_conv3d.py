@@ -3,7 +3,8 @@
 x is a tile of a volume with its halo, scale and shift are a GroupNorm whose statistics are known, folded to one pair of
 numbers per sample and channel: scale = weight / √(var + eps), shift = bias − mean·scale. Zeros are added AFTER norm and
 SiLU, where the volume ends. The statistics of what is written are those that the next norm needs. On the CPU the
-convolution is oneDNN's, on a scratch tile, and C++ fills that tile and empties it.
+convolution is oneDNN's, on a scratch tile, and C++ fills that tile and empties it. On a GPU it is csrc/conv3d_march.h,
+checked on an emulated device; no GPU has run it yet. Where that is not built, CUDA tensors take the plain PyTorch code.
 """
 
 from __future__ import annotations
@@ -90,6 +91,18 @@ def _convolve(tile: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv3d(tile, weight, bias)
 
 
+def _run_ref(x: Tensor, *arguments) -> None:
+    *inputs, out, statistics = arguments
+    if out.numel() == 0:
+        if statistics is not None:
+            statistics.zero_()
+        return
+    y, found = norm_silu_conv3d_ref(x, *inputs)
+    out.copy_(y)
+    if statistics is not None:
+        statistics.copy_(found)
+
+
 def _run_on_cpu(
     x: Tensor,
     scale: Tensor | None,
@@ -105,17 +118,11 @@ def _run_on_cpu(
     out: Tensor,
     statistics: Tensor | None,
 ) -> None:
-    if out.numel() == 0:
-        if statistics is not None:
-            statistics.zero_()
-        return
-    if x.dtype not in _FUSED:
-        y, found = norm_silu_conv3d_ref(
-            x, scale, shift, silu, upsample, weight, bias, pads, residual, residual_weight, residual_bias
-        )
-        out.copy_(y)
-        if statistics is not None:
-            statistics.copy_(found)
+    if x.dtype not in _FUSED or out.numel() == 0:
+        _run_ref(
+            x, scale, shift, silu, upsample, weight, bias, pads, residual, residual_weight, residual_bias, out,
+            statistics,
+        )  # fmt: skip
         return
     ops, size = torch.ops.meddiff, [n + weight.shape[2] - 1 for n in out.shape[2:]]
     tile = scratch_tile(x, x.shape[1], size)
@@ -235,5 +242,7 @@ def _nothing(*_: object) -> None:
 
 
 torch.library.impl("meddiff::norm_silu_conv3d", "CPU", _run_on_cpu)
+if not torch._C._dispatch_has_kernel_for_dispatch_key("meddiff::norm_silu_conv3d", "CUDA"):
+    torch.library.impl("meddiff::norm_silu_conv3d", "CUDA", _run_ref)
 for _operator in ("norm_silu_conv3d", "_conv_input", "_conv_output"):
     torch.library.register_fake(f"meddiff::{_operator}", _nothing)

@@ -32,18 +32,24 @@ def up_conv3d_ref(x: Tensor, weight: Tensor, bias: Tensor | None, pads: Sequence
     return y, _statistics(y)
 
 
-def _run_on_cpu(
+def _run_ref(
     x: Tensor, weight: Tensor, bias: Tensor | None, pads: Sequence[int], out: Tensor, statistics: Tensor | None
 ) -> None:
     if out.numel() == 0:
         if statistics is not None:
             statistics.zero_()
         return
-    if x.dtype not in _FUSED:
-        y, found = up_conv3d_ref(x, weight, bias, pads)
-        out.copy_(y)
-        if statistics is not None:
-            statistics.copy_(found)
+    y, found = up_conv3d_ref(x, weight, bias, pads)
+    out.copy_(y)
+    if statistics is not None:
+        statistics.copy_(found)
+
+
+def _run_on_cpu(
+    x: Tensor, weight: Tensor, bias: Tensor | None, pads: Sequence[int], out: Tensor, statistics: Tensor | None
+) -> None:
+    if x.dtype not in _FUSED or out.numel() == 0:
+        _run_ref(x, weight, bias, pads, out, statistics)
         return
     tile = scratch_tile(x, x.shape[1], [n // 2 + 2 for n in out.shape[2:]])
     torch.ops.meddiff._conv_input(_rows(x), None, None, False, False, [0] * 3, pads, tile)
@@ -93,4 +99,6 @@ def up_conv3d(
 
 
 torch.library.impl("meddiff::up_conv3d", "CPU", _run_on_cpu)
+if not torch._C._dispatch_has_kernel_for_dispatch_key("meddiff::up_conv3d", "CUDA"):
+    torch.library.impl("meddiff::up_conv3d", "CUDA", _run_ref)
 torch.library.register_fake("meddiff::up_conv3d", _nothing)
