@@ -164,7 +164,6 @@ def test_options_from_a_file_and_over_it(tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ("generate --out a.nii", "--model DIR or --untrained"),
         ("generate --out a.nii --untrained tiny --model DIR", "either"),
         ("generate --out a.png --untrained tiny", ".nii or .nii.gz"),
         ("generate --out nowhere/a.nii --untrained tiny", "no folder nowhere"),
