@@ -449,7 +449,7 @@ CONTROL_DAMAGE = {
     "enters nowhere": (_network(copied=["intra_patch"]), "'down_path' must be copied"),
     "other channels": (_network(channels=4), "the task's condition has 8 channels, and the network 4"),
     "a billion blocks": (_network(denoiser={"mid_blocks": 10**9, "dim": 24}), "describes 1000000008 blocks"),
-    "too wide": (_network(denoiser={"dim": 24 * 10**15, "dim_mults": [1, 1, 2, 4]}), "config.json|no module"),
+    "too wide": (_network(denoiser={"dim": 24 * 10**15, "dim_mults": [1, 1, 2, 4]}), "no module can be built"),
     "wider": (_network(denoiser={"dim": 48, "dim_mults": [1, 1, 2, 4]}), "wrong shapes"),
     "data cut": (_of_controlnet(_bytes(lambda b: b[:-4])), "not a whole safetensors file"),
     "huge header": (_of_controlnet(_bytes(lambda b: (2**60).to_bytes(8, "little") + b[8:])), "not a whole"),

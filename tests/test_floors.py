@@ -12,7 +12,7 @@ FLOORS = [
     {"config", "files", "progress", "resources"},
     {"kernels"},
     {"models"},
-    {"checkpoint", "sampling", "volume"},
+    {"checkpoint", "sampling", "tasks", "volume"},
     {"conversion", "doctor", "pipelines", "report"},
     {"training"},
     {"cli"},

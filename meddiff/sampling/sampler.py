@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from meddiff.kernels.diffusion_step import diffusion_step
+from meddiff.kernels.diffusion_step import COEFFICIENTS, diffusion_step
 from meddiff.models.biflownet import BiFlowNet
 from meddiff.progress import progress as bar
 from meddiff.sampling.schedule import NoiseSchedule
 from meddiff.sampling.solvers import SOLVERS
 
+_B, _C_0, _C_EPS = (COEFFICIENTS.index(name) for name in ("b", "c_0", "c_eps"))
 _RESOLUTION_UNIT = 64  # latent elements per unit of the resolution condition, for every downsampling factor
 
 
@@ -56,6 +57,7 @@ def sample_latent(
     steps: int | None = None,
     eta: float = 0.0,
     seed: int | Sequence[int] = 0,
+    correct_x0: Callable[[Tensor, int], Tensor] | None = None,
     progress: bool = False,
 ) -> Tensor:
     """Sample latents in the denoiser's range (scaled, about [-1, 1]).
@@ -69,6 +71,8 @@ def sample_latent(
         steps: denoising steps; None as in `solver_timesteps`.
         eta: DDIM's share of fresh noise, 0 (deterministic) to 1.
         seed: of the start and of the noise in between; sample b has `seed + b` unless one is given per sample.
+        correct_x0: replaces each step's estimate of the clean latent, float32 [B, C, D, H, W] in [-1, 1], given with
+            its timestep, by one of the same shape: data consistency. The step goes on with the noise that this implies.
         progress: show a progress bar.
 
     Returns:
@@ -98,7 +102,7 @@ def sample_latent(
     y = y.to(device)
     resolution = torch.tensor(x.shape[2:], dtype=torch.float32, device=device) / _RESOLUTION_UNIT
     table = SOLVERS[solver].table(schedule, timesteps, eta).to(device, torch.float32)
-    x0_prev = torch.zeros_like(x) if SOLVERS[solver].order > 1 else None
+    x0_prev = torch.zeros_like(x) if SOLVERS[solver].order > 1 or correct_x0 else None
     stochastic = solver == "ddpm" or eta > 0
 
     for i, step in enumerate(bar("sampling")(timesteps) if progress else timesteps):
@@ -111,4 +115,8 @@ def sample_latent(
             )
         fresh = source.draw(x.shape[1:], device) if stochastic else None
         diffusion_step(x, estimate, table[i], fresh, x0_prev)
+        if correct_x0:  # a step is linear in x0, which it leaves in x0_prev, and in the noise (x0 - a·x) / b
+            corrected = correct_x0(x0_prev, step)
+            x += (table[i, _C_0] + table[i, _C_EPS] / table[i, _B]) * (corrected - x0_prev)
+            x0_prev.copy_(corrected)
     return x.contiguous()

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from meddiff.config import PRESETS
+from meddiff.config import PRESETS, ScheduleConfig
 from meddiff.kernels.diffusion_step import COEFFICIENTS, diffusion_step
 from meddiff.models import BiFlowNet
 from meddiff.sampling import NoiseSchedule, sample_latent, solver_timesteps
@@ -133,6 +133,42 @@ def test_dpmsolver_is_not_ddim(denoiser, schedule, reference):
     latent = sample_latent(denoiser, schedule, z, Y, solver="dpmsolver++", steps=3)
     assert latent.isfinite().all() and latent.abs().max() <= 1
     assert (latent - sample_latent(denoiser, schedule, z, Y, steps=3)).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("solver", ["ddim", "ddpm", "dpmsolver++"])
+def test_a_corrected_x0_is_what_every_solver_goes_on_with(solver):
+    """An estimator that believes in 0.3, corrected to 0.8: all end there, and corrections see the former."""
+    schedule = NoiseSchedule(ScheduleConfig(timesteps=40))
+    seen = []
+
+    class Knowing(torch.nn.Module):
+        config = PRESETS["tiny"].denoiser
+        device = torch.device("cpu")
+
+        def forward(self, x, t, y, resolution):
+            signal = schedule.signal(t)[:, None, None, None, None]
+            return ((x - 0.3 * signal.sqrt()) / (1 - signal).sqrt()).float()
+
+    def correct(x0, step):
+        seen.append((step, (x0 - 0.3).abs().max().item()))
+        return x0 + 0.5
+
+    model = Knowing()
+    latent = sample_latent(model, schedule, (8, 8, 8), Y, solver=solver, seed=2, correct_x0=correct)
+    assert [step for step, _ in seen] == solver_timesteps(schedule, solver)
+    assert max(error for _, error in seen) < 1e-3
+    # ddim stays at t = 0
+    remaining = (1 - schedule.signal(torch.tensor(0))).sqrt().item() if solver == "ddim" else 0.0
+    assert (latent - 0.8).std().item() == pytest.approx(remaining, abs=3e-3)
+    assert (latent - 0.8).mean().abs() < 3e-3
+
+
+@pytest.mark.parametrize("solver", ["ddim", "dpmsolver++"])
+def test_a_correction_that_changes_nothing_is_none(denoiser, schedule, solver):
+    def run(**options):
+        return sample_latent(denoiser, schedule, (8, 8, 8), Y, solver=solver, steps=4, seed=2, **options)
+
+    assert torch.equal(run(), run(correct_x0=lambda x0, step: x0.clone()))
 
 
 def test_resolution_is_the_latent_size_over_64(schedule):
