@@ -1,4 +1,5 @@
-"""The command line: `meddiff generate | reconstruct | encode | decode | convert | train … | evaluate | doctor`.
+"""The command line: `meddiff generate | reconstruct | encode | decode | measure | convert | train … | evaluate |
+doctor`.
 
 Exit codes: 0 done, 1 failed (one line on standard error says why), 2 wrong arguments, 130 interrupted.
 """
@@ -43,10 +44,16 @@ def generate(
     eta: float = 0.0,
     seed: int = 0,
     preview: str | None = None,
+    control: list[str] | str | None = None,
+    condition: list[str] | str | None = None,
+    strength: list[float] | float = 1.0,
+    low: float | None = None,
+    high: float | None = None,
+    consistency: bool = True,
     device: str | None = None,
     dtype: Dtype | None = None,
 ) -> None:
-    """Generate a volume from noise.
+    """Generate a volume from noise, or as a condition asks for.
 
     Args:
         out: NIfTI file to write (.nii or .nii.gz); a .json beside it says how the volume came about.
@@ -60,6 +67,13 @@ def generate(
         eta: Fresh noise in DDIM, 0 to 1.
         seed: The same seed gives the same volume.
         preview: PNG of the three middle planes to write.
+        control: ControlNet folder, or a list of them in brackets; their base is the model where none is named.
+        condition: For each a mask or a first reconstruction (NIfTI), or what `meddiff measure` wrote. The volume gets
+            its size, spacing and affine.
+        strength: Of each ControlNet, 0 to 1 or beyond.
+        low: Intensity of a reconstruction that maps to -1, as for reconstruct. Goes with high.
+        high: Intensity of a reconstruction that maps to 1.
+        consistency: Whether what was measured is imposed on the volume, where the condition is a measurement.
         device: Such as cuda, cuda:1 or cpu; by default the GPU where there is one.
         dtype: Of the networks; by default bfloat16 where the device has it.
     """
@@ -68,9 +82,12 @@ def generate(
     _check_target(out, (".nii", ".nii.gz"))
     _check_target(preview, (".png",))
     voxels, mm = _triple(size, int), _triple(spacing, float)
-    volume = _load(model, untrained, device, dtype).generate(
-        anatomy, voxels, spacing=mm, solver=solver, steps=steps, eta=eta, seed=seed
-    )
+    options = {"spacing": mm, "solver": solver, "steps": steps, "eta": eta, "seed": seed}
+    if control is None and condition is None:
+        volume = _load(model, untrained, device, dtype).generate(anatomy, voxels, **options)
+    else:
+        window, given = _window(low, high), _controls(control, condition, strength)
+        volume = _steered(model, untrained, device, dtype, given, window, anatomy, voxels, consistency, options)
     volume.save(out)
     if preview:
         save_mid_planes(volume, preview)
@@ -78,6 +95,35 @@ def generate(
         peak = "" if stage["peak_bytes"] is None else f", peak {stage['peak_bytes'] / 2**30:.1f} GiB"
         print(f"{stage['name']}: {stage['seconds']:.1f} s{peak}")
     print(f"wrote {out} ({_describe(volume)})")
+
+
+def measure(
+    volume: str,
+    out: str,
+    control: str,
+    modality: Modality | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Simulate what a ControlNet's task would measure of a volume: k-space lines, or projections.
+
+    Args:
+        out: File to write (.safetensors), for `meddiff generate --condition`.
+        control: ControlNet folder, whose task it is.
+        modality: CT (Hounsfield units) or MR; by default judged from the voxels.
+        low: Intensity that maps to -1; by default -1000 for CT, the 0.5th percentile for MR. Goes with high.
+        high: Intensity that maps to 1; by default 1000 for CT, the 99.5th percentile for MR.
+        seed: Of the lines that are measured.
+    """
+    from meddiff.checkpoint import load_controlnet
+    from meddiff.pipelines import Condition
+    from meddiff.volume import Volume
+
+    _check_target(out, (".safetensors",))
+    task = load_controlnet(control).task
+    Condition.simulate(Volume.load(volume, modality, _window(low, high)), task, seed).save(out, task)
+    print(f"wrote {out}")
 
 
 def reconstruct(
@@ -209,8 +255,8 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, str], str]] = {
         {},
         "examples:\n"
         "  meddiff generate --out chest.nii.gz --model DIR --anatomy ct_chest_abdomen --size 512 --seed 1\n"
-        "  meddiff generate --out noise.nii.gz --untrained tiny --size 64 --steps 5 --preview noise.png\n\n"
-        + _anatomies(),
+        "  meddiff generate --out noise.nii.gz --untrained tiny --size 64 --steps 5 --preview noise.png\n"
+        "  meddiff generate --out brain.nii.gz --control DIR --condition mask.nii.gz\n\n" + _anatomies(),
     ),
     "reconstruct": (
         reconstruct,
@@ -228,6 +274,11 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, str], str]] = {
         decode,
         {"latent": "File that `meddiff encode` wrote."},
         "example:\n  meddiff decode brain.safetensors --out brain.nii.gz --model DIR",
+    ),
+    "measure": (
+        measure,
+        {"volume": "NIfTI file to read."},
+        "example:\n  meddiff measure brain.nii.gz --out measured.safetensors --control DIR --low 0 --high 1000",
     ),
     "convert": (
         convert,
@@ -266,8 +317,10 @@ _TRAININGS = {
     "autoencoder": ("AutoencoderTraining", "autoencoder", "train_autoencoder"),
     "latents": ("LatentOptions", "latents", "encode_latents"),
     "denoiser": ("DenoiserTraining", "denoiser", "train_denoiser"),
+    "controlnet": ("ControlNetTraining", "controlnet", "train_controlnet"),
 }
 _EVALUATION = ("EvaluationOptions", "evaluation", "evaluate")
+_TASK_EVALUATION = ("EvaluationOptions", "task_evaluation", "evaluate_task")
 
 
 def _add_training(commands) -> None:
@@ -309,7 +362,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if command == "train":
                     _train(_TRAININGS[chosen.training], chosen[chosen.training])
                 else:
-                    _train(_EVALUATION, chosen)
+                    _train(_EVALUATION if chosen.task is None else _TASK_EVALUATION, chosen)
             else:
                 options = dict(parsed[command])
                 options.pop("config", None)
@@ -350,6 +403,33 @@ def _load(model: str | None, untrained: str | None, device: str | None, dtype: s
         return MedDiffusion.from_pretrained(model, device, precision)
     warnings.warn(f"--untrained {untrained}: random weights, so the result is noise", stacklevel=2)
     return MedDiffusion.untrained(untrained, device=device, dtype=precision)
+
+
+def _controls(control, condition, strength) -> list[tuple[str, str, float]]:
+    """Folder, condition and strength of each ControlNet."""
+    controls, conditions = ([v] if isinstance(v, str) else list(v or ()) for v in (control, condition))
+    if len(controls) != len(conditions):
+        raise UsageError(
+            f"every --control needs its --condition: there are {len(controls)} and {len(conditions)}; "
+            "several are lists, --control '[A, B]' --condition '[a.nii.gz, b.nii.gz]'"
+        )
+    strengths = strength if isinstance(strength, list) else [strength] * len(controls)
+    if len(strengths) != len(controls):
+        raise UsageError(f"give one --strength, or one for each of {len(controls)} ControlNets, got {strength}")
+    return list(zip(controls, conditions, strengths))
+
+
+def _steered(model, untrained, device, dtype, given, window, anatomy, voxels, consistency, options):
+    from meddiff.checkpoint import load_controlnet
+    from meddiff.pipelines import Condition, TrainedControl, generate_controlled
+
+    if model is None and untrained is None:
+        model = load_controlnet(given[0][0]).base
+    loaded = _load(model, untrained, device, dtype)
+    controls = [TrainedControl.from_pretrained(folder, loaded) for folder, _, _ in given]
+    conditions = [Condition.load(file, control.task, window) for control, (_, file, _) in zip(controls, given)]
+    steering = list(zip(controls, conditions, (strength for _, _, strength in given)))
+    return generate_controlled(loaded, steering, anatomy, voxels, consistency=consistency, **options)
 
 
 def _check_target(path: str | None, suffixes: tuple[str, ...]) -> None:

@@ -13,7 +13,7 @@ import pytest
 import meddiff
 from meddiff.cli import main
 
-COMMANDS = ("generate", "reconstruct", "encode", "decode", "convert", "evaluate", "doctor")
+COMMANDS = ("generate", "reconstruct", "encode", "decode", "measure", "convert", "evaluate", "doctor")
 
 
 def meddiff_command(*arguments: str, **options) -> subprocess.CompletedProcess:
