@@ -55,11 +55,12 @@ class TrainedControl:
         Raises CheckpointError for a missing, damaged or foreign ControlNet, ValueError for one of another base.
         """
         loaded = load_controlnet(source, model.device, model.dtype)
-        found = weights_sha256(model.source) if model.trained else "of random weights"
+        found = weights_sha256(model.source) if model.trained else None
         if found != loaded.base_sha256:
+            this = f"{found[:12]}…" if found else "random weights"
             raise ValueError(
                 f"control: {source} steers {loaded.base!r} (SHA-256 {loaded.base_sha256[:12]}…), and this model is "
-                f"{model.source!r} ({found[:12]}…); load the base that it was trained for"
+                f"{model.source!r} ({this}); load the base that it was trained for"
             )
         return cls(loaded.network, loaded.task, loaded.anatomies, str(source))
 

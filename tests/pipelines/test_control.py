@@ -19,6 +19,7 @@ from meddiff.config import ANATOMIES, PRESETS, ControlNetConfig, FastMRIConfig, 
 from meddiff.models import ControlNet
 from meddiff.pipelines import Condition, MedDiffusion, TrainedControl, generate_controlled
 from meddiff.pipelines.control import latent_correction
+from meddiff.tasks import measure
 from meddiff.tasks.fast_mri import k_space
 from meddiff.volume import IntensityScale, Volume, VolumeError
 
@@ -109,11 +110,12 @@ def test_masks_change_the_volume_and_strength_0_is_the_base(model, controls, tmp
     control = controls["masks"]
     files = [save_mask(tmp_path / f"{i}.nii.gz", mask(i)) for i in range(2)]
     conditions = [Condition.load(file, control.task) for file in files]
-    first, second = (generate_controlled(model, [(control, c, 1.0)], steps=2, seed=4) for c in conditions)
+    options = {"solver": "dpmsolver++", "steps": 2, "seed": 4}
+    first, second = (generate_controlled(model, [(control, c, 1.0)], **options) for c in conditions)
     assert np.abs(first.data - second.data).mean() > 1
-    base = generate_controlled(model, [(control, conditions[0], 0.0)], steps=2, seed=4)
+    base = generate_controlled(model, [(control, conditions[0], 0.0)], **options)
     with pytest.warns(UserWarning, match="was trained at sizes"):
-        plain = model.generate("mr_t1_brain", SIZE, steps=2, seed=4)
+        plain = model.generate("mr_t1_brain", SIZE, **options)
     np.testing.assert_array_equal(base.data, plain.data)
     np.testing.assert_allclose(base.affine, AFFINE)
 
@@ -144,10 +146,15 @@ def test_sparse_view_ct_from_a_file_to_a_file(folder, model, tmp_path, capsys):
     assert result.shape == SIZE and result.get_data_dtype() == np.int16
     assert nib.aff2axcodes(result.affine) == ("R", "A", "S")
     np.testing.assert_allclose(result.affine, Volume.load(tmp_path / "ct.nii.gz").affine)
-    # one sweep over the views gives the body back from whatever the untrained network made
-    reoriented = body[::-1].astype(np.float32)
-    correlation = np.corrcoef(result.get_fdata().ravel(), reoriented.ravel())[0, 1]
-    assert correlation > 0.7
+    # one sweep over the views takes most of what the untrained network made back to the body
+    assert main([*arguments, "--device", "cpu", "--dtype", "float32", "--consistency", "false"]) == 0
+    without = nib.load(out)
+    errors = []
+    for image in (result, without):
+        x = IntensityScale.ct().normalize(torch.from_numpy(image.get_fdata(dtype=np.float32).transpose(2, 0, 1).copy()))
+        views = measure(x, TASKS["sparse_view_ct"]).data
+        errors.append((views - condition.measurement.data).square().mean().sqrt())
+    assert errors[0] < 0.5 * errors[1]
     assert json.loads((tmp_path / "out.json").read_text())["controls"][0]["task"] == {
         "name": "sparse_view_ct",
         "views": 12,

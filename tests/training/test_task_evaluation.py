@@ -95,7 +95,7 @@ def test_what_does_not_go_together_is_refused(folder, tmp_path):
     with pytest.raises(ValueError, match="has no label"):
         evaluate_task(options(folder, tmp_path / "a.json", "masks", data=str(tmp_path / "list.csv")))
     (tmp_path / "list.csv").write_text(f"file,anatomy\n{folder / 'a.nii.gz'},mr_knee\n")
-    with pytest.raises(ValueError, match="none of its volumes shows mr_t1_brain"):
+    with pytest.raises(ValueError, match="none of its volumes can be used for mr_t1_brain"):
         evaluate_task(options(folder, tmp_path / "a.json", "fast_mri", data=str(tmp_path / "list.csv")))
     with pytest.raises(ValueError, match="task needs control"):
         EvaluationOptions(out=str(tmp_path / "a.json"), data="a", model="b", task="masks")
