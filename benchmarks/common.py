@@ -19,6 +19,8 @@ import torch
 
 from meddiff.resources import StageMeter
 
+os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does; the peers gain as well
+
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 

@@ -1,18 +1,28 @@
-"""Write the tables of results: whole jobs into the README, everything into benchmarks/results/README.md.
+"""Write the tables of results: whole jobs into the README, everything into benchmarks/results/README.md, and the scores
+of the model that ships into the README and its card.
 
     python benchmarks/report.py
 
-A row is the newest line of its case on its device in benchmarks/results/*.jsonl. What no GPU has run yet says so.
+A result is the newest line of its case on its device in benchmarks/results/*.jsonl; what no GPU has run yet says so.
+Scores are those that `meddiff evaluate` wrote beside the model's weights.
 """
 
 from __future__ import annotations
 
 import json
+from pathlib import Path
+from statistics import fmean
 
 from common import RESULTS, ROOT
 
-_BEGIN, _END = "<!-- results: written by benchmarks/report.py -->\n", "<!-- end of results -->\n"
-_JOBS = ("autoencoder", "biflownet_step", "sample_512")
+_DEMO = ROOT / "meddiff" / "demo"
+_SCORES = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "seam": "seam score"}
+_EVALUATIONS = {  # what was decoded how → file of the evaluation, prefix of its scores
+    "after stage 1, patches decoded by themselves": ("evaluation_stage1.json", "disjoint_"),
+    "after stage 1, decoded jointly": ("evaluation_stage1.json", ""),
+    "after stage 2, decoded jointly": ("evaluation.json", ""),
+}
+_JOBS = ("autoencoder", "biflownet_step", "joint_decode", "sample_512")
 _HEADER = ["case", "dtype", "time, p50", "peak memory", "× best peer", "device", "command"]
 
 
@@ -46,8 +56,29 @@ def row(line: dict, with_name: bool) -> list[str]:
     ]
 
 
-def table(rows: list[list[str]]) -> str:
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in [_HEADER, ["---"] * len(_HEADER), *rows])
+def scores() -> list[list[str]]:
+    """Means over the brains that were not in training, and over the template itself."""
+    rows = []
+    for title, (file, prefix) in _EVALUATIONS.items():
+        volumes = json.loads((_DEMO / file).read_text())["volumes"]
+        template = [v for v in volumes if v["file"].startswith("template_")]
+        unseen = [v for v in volumes if v not in template]
+        for what, group in ((f"{len(unseen)} unseen deformations", unseen), ("MNI152, not deformed", template)):
+            means = [f"{fmean(v[prefix + name] for v in group):.{1 if name == 'psnr' else 3}f}" for name in _SCORES]
+            rows.append([title, what, *means, f"{fmean(v['seam_original'] for v in group):.3f}"])
+    return rows
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, ["---"] * len(header), *rows])
+
+
+def insert(file: Path, name: str, text: str) -> None:
+    """Put `text` between the comments that mark its place in a Markdown file."""
+    begin, end = f"<!-- {name}: written by benchmarks/report.py -->\n", f"<!-- end of {name} -->\n"
+    before, rest = file.read_text().split(begin)
+    _, after = rest.split(end)
+    file.write_text(before + begin + text + end + after)
 
 
 def main() -> None:
@@ -58,13 +89,12 @@ def main() -> None:
     for benchmark in sorted((operators | {benchmark for _, benchmark, *_ in lines}) - on_gpu):
         everything.append([benchmark, "", "not yet run on a GPU", "", "", "NVIDIA", "`benchmarks/on_gpu.sh`"])
     text = "Every measured case; written by `python benchmarks/report.py` from the lines in this folder.\n\n"
-    (RESULTS / "README.md").write_text(text + table(everything))
-
-    readme = ROOT / "README.md"
-    before, rest = readme.read_text().split(_BEGIN)
-    _, after = rest.split(_END)
-    jobs = table([row(line, with_name=False) for line in lines.values() if line["benchmark"] in _JOBS])
-    readme.write_text(before + _BEGIN + jobs + _END + after)
+    (RESULTS / "README.md").write_text(text + table(_HEADER, everything))
+    jobs = [row(line, with_name=False) for line in lines.values() if line["benchmark"] in _JOBS]
+    insert(ROOT / "README.md", "results", table(_HEADER, jobs))
+    quality = table(["reconstruction", "of", *_SCORES.values(), "of the original"], scores())
+    for file in (ROOT / "README.md", _DEMO / "README.md"):
+        insert(file, "scores", quality)
 
 
 if __name__ == "__main__":

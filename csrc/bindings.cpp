@@ -47,6 +47,22 @@ STABLE_TORCH_LIBRARY(meddiff, m) {
   m.def(
       "_group_norm_silu_backward_isa(Tensor dy, Tensor x, Tensor stats, int groups, Tensor weight, Tensor bias, "
       "Tensor? scale, Tensor? shift, bool silu, str isa) -> (Tensor, Tensor)");
+  // of a tile x [B, C, d, h, w], conv 3³ or 1³ of silu(x·scale + shift) with zeros around it, plus bias and residual,
+  // into out [B, O, D, H, W], and mean and sum of squared deviations of what was written, [B, 2, O]
+  m.def(
+      "norm_silu_conv3d(Tensor x, Tensor? scale, Tensor? shift, bool silu, bool upsample, Tensor weight, Tensor? bias, "
+      "int[] pads, Tensor? residual, Tensor? residual_weight, Tensor? residual_bias, Tensor(a!) out, "
+      "Tensor(b!)? statistics) -> ()");
+  // the same for a transposed conv 4³ of stride 2, x [B, C, d, h, w] with its halo, weight [C, O, 4, 4, 4]
+  m.def(
+      "up_conv3d(Tensor x, Tensor weight, Tensor? bias, int[] pads, Tensor(a!) out, Tensor(b!)? statistics) -> ()");
+  // what stands before and behind a convolution on the CPU: out [B, C, D, H, W] is silu(x·scale + shift), doubled from
+  // its skip-th voxel on, with zeros around it; out = y + residual and its statistics, y being used up
+  m.def(
+      "_conv_input(Tensor x, Tensor? scale, Tensor? shift, bool silu, bool upsample, int[] skip, int[] pads, "
+      "Tensor(a!) out, str? isa=None) -> ()");
+  m.def(
+      "_conv_output(Tensor(a!) y, Tensor? residual, Tensor(b!) out, Tensor(c!)? statistics, str? isa=None) -> ()");
   // instruction sets that were compiled in and that this processor has, the one in use first
   m.def("cpu_isas() -> str[]");
 }

@@ -13,10 +13,6 @@
 #include <vector>
 
 namespace meddiff {
-namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 std::vector<const GroupNormSiluIsa*> group_norm_silu_isas() {
   std::vector<const GroupNormSiluIsa*> isas;
@@ -27,6 +23,11 @@ std::vector<const GroupNormSiluIsa*> group_norm_silu_isas() {
   isas.push_back(&kGroupNormSiluPortable);
   return isas;
 }
+
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
 
 const GroupNormSiluKernels<float>& kernels_of(const GroupNormSiluIsa& isa, float) { return isa.float32; }
 const GroupNormSiluKernels<uint16_t>& kernels_of(const GroupNormSiluIsa& isa, uint16_t) { return isa.bfloat16; }

@@ -1,6 +1,7 @@
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace meddiff {
 
@@ -26,6 +27,8 @@ struct GroupNormSiluKernels {
   // dx = dz·gain + (x − centre)·slope + level; slope, level [width]
   void (*backward)(const T* x, const T* dy, int64_t repeats, int64_t width, const GroupNormSiluFold& fold,
                    const float* slope, const float* level, bool silu, T* dx);
+  // y = a + b, of `count` numbers; y may be a or b
+  void (*add)(const T* a, const T* b, int64_t count, T* y);
 };
 
 struct GroupNormSiluIsa {
@@ -38,5 +41,8 @@ struct GroupNormSiluIsa {
 extern const GroupNormSiluIsa kGroupNormSiluPortable;
 extern const GroupNormSiluIsa kGroupNormSiluAvx2;
 extern const GroupNormSiluIsa kGroupNormSiluAvx512;
+
+// those that were compiled in and that this processor has, the best one first
+std::vector<const GroupNormSiluIsa*> group_norm_silu_isas();
 
 }  // namespace meddiff

@@ -30,7 +30,9 @@ struct Avx2 {
   static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
   static V max(V a, V b) { return _mm256_max_ps(a, b); }
+  static V min(V a, V b) { return _mm256_min_ps(a, b); }
   static V inverse(V a) { return _mm256_div_ps(set1(1), a); }
+  static V quick_inverse(V a) { return inverse(a); }
   static V minus_abs(V a) { return _mm256_or_ps(a, set1(-0.0f)); }
   static V where_positive(V a, V b, V c) {
     return _mm256_blendv_ps(c, b, _mm256_cmp_ps(a, _mm256_setzero_ps(), _CMP_GT_OQ));

@@ -28,10 +28,12 @@ struct Avx512 {
   static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
   static V fma(V a, V b, V c) { return _mm512_fmadd_ps(a, b, c); }
   static V max(V a, V b) { return _mm512_max_ps(a, b); }
+  static V min(V a, V b) { return _mm512_min_ps(a, b); }
   static V inverse(V a) {
     const V near = _mm512_rcp14_ps(a);  // one step of Newton's brings 2⁻¹⁴ to the rounding error
     return fma(near, _mm512_fnmadd_ps(a, near, set1(1)), near);
   }
+  static V quick_inverse(V a) { return _mm512_rcp14_ps(a); }
   static V minus_abs(V a) {
     return _mm512_castsi512_ps(_mm512_or_epi32(_mm512_castps_si512(a), _mm512_set1_epi32(INT32_MIN)));
   }

@@ -4,9 +4,9 @@
 // files the linker keeps one copy, and that could be the AVX-512 one.
 //
 // An Isa has: V, a vector of `lanes` floats; load and store of float and of bfloat16 (as uint16_t, rounded to nearest
-// even, NaN stays NaN); set1, add, sub, mul; fma(a, b, c) = a·b + c; max(a, b) = a > b ? a : b; inverse(a) = 1/a for a
-// in [1, 2]; minus_abs(a) = −|a|; where_positive(a, b, c) = a > 0 ? b : c; round to an integer;
-// times_power(a, n) = a·2ⁿ for integers n in [−126, 0].
+// even, NaN stays NaN); set1, add, sub, mul; fma(a, b, c) = a·b + c; max(a, b) = a > b ? a : b and min; inverse(a) = 1/a
+// for a in [1, 2]; quick_inverse(a) = 1/a to within 2⁻¹⁴ of it for a in [1, 2¹²⁷); minus_abs(a) = −|a|; where_positive(a, b, c) = a > 0 ? b : c; round to an integer;
+// times_power(a, n) = a·2ⁿ for integers n in [−126, 126].
 #pragma once
 
 #include "group_norm_silu.h"
@@ -18,15 +18,18 @@ namespace {
 // integer up to 127 times the first part is exact.
 constexpr float kExp[5] = {0x1.fffffcp-2f, 0x1.55548ap-3f, 0x1.555916p-5f, 0x1.123fc6p-7f, 0x1.6a1a72p-10f};
 constexpr float kLn2[2] = {0x1.63p-1f, -0x1.bd0106p-13f};
+// 2ᶠ for |f| <= 1/2, to within 8e-5 of it.
+constexpr float kQuickPower[4] = {0x1.fff692p-1f, 0x1.62f31ap-1f, 0x1.f0de1ap-3f, 0x1.c3f76p-5f};
 
 template <class Isa>
 class GroupNormSilu {
  public:
-  static constexpr int64_t kStep = 4 * Isa::lanes;  // so that a sum is not needed again before it is there
+  static constexpr int kVectors = 4;  // at a time, so that a sum is not needed again before it is there
+  static constexpr int64_t kStep = kVectors * Isa::lanes;
 
   template <class T>
   static constexpr GroupNormSiluKernels<T> kernels() {
-    return {moments<T>, forward<T>, sums<T>, backward<T>};
+    return {moments<T>, forward<T>, sums<T>, backward<T>, add<T>};
   }
 
  private:
@@ -51,6 +54,18 @@ class GroupNormSilu {
     return {Isa::mul(inverse, Isa::where_positive(z, one, power)), Isa::mul(power, Isa::mul(inverse, inverse))};
   }
 
+  static V sigmoid_for(V z, float) { return sigmoid(z).value; }
+
+  // To within 1.4e-4 of it, which is little beside the 2e-3 that rounding to bfloat16 takes away.
+  static V sigmoid_for(V z, uint16_t) {
+    const V x = Isa::max(Isa::set1(-126), Isa::min(Isa::set1(126), Isa::mul(z, Isa::set1(-0x1.715476p+0f))));
+    const V n = Isa::round(x);
+    const V f = Isa::sub(x, n);
+    V q = Isa::fma(f, Isa::set1(kQuickPower[3]), Isa::set1(kQuickPower[2]));
+    for (int i = 1; i >= 0; --i) q = Isa::fma(f, q, Isa::set1(kQuickPower[i]));
+    return Isa::quick_inverse(Isa::add(Isa::set1(1), Isa::times_power(q, n)));
+  }
+
   template <class T>
   static void moments(const T* x, int64_t repeats, int64_t width, double* mean, double* m2) {
     alignas(64) float sum[kColumns], rest[kColumns], square[kColumns];
@@ -61,17 +76,24 @@ class GroupNormSilu {
       for (int64_t done = 0; done < repeats; done += block) {
         const int64_t count = repeats - done < block ? repeats - done : block;
         const T* rows = x + done * width + first;
-        for (int64_t c = 0; c < columns; ++c) sum[c] = rest[c] = square[c] = 0;
-        for (int64_t i = 0; i < count; ++i)
-          for (int64_t c = 0; c < columns; c += Isa::lanes)
-            Isa::store(sum + c, Isa::add(Isa::load(sum + c), Isa::load(rows + i * width + c)));
-        const float inverse = 1 / static_cast<float>(count);
-        for (int64_t c = 0; c < columns; ++c) sum[c] *= inverse;
-        for (int64_t i = 0; i < count; ++i) {
-          for (int64_t c = 0; c < columns; c += Isa::lanes) {
-            const V d = Isa::sub(Isa::load(rows + i * width + c), Isa::load(sum + c));
-            Isa::store(rest + c, Isa::add(Isa::load(rest + c), d));
-            Isa::store(square + c, Isa::fma(d, d, Isa::load(square + c)));
+        const V inverse = Isa::set1(1 / static_cast<float>(count));
+        for (int64_t c = 0; c < columns; c += kStep) {
+          V sums[kVectors], rests[kVectors], squares[kVectors];
+          for (int v = 0; v < kVectors; ++v) sums[v] = rests[v] = squares[v] = Isa::set1(0);
+          for (int64_t i = 0; i < count; ++i)
+            for (int v = 0; v < kVectors; ++v)
+              sums[v] = Isa::add(sums[v], Isa::load(rows + i * width + c + v * Isa::lanes));
+          for (int v = 0; v < kVectors; ++v) sums[v] = Isa::mul(sums[v], inverse);
+          for (int64_t i = 0; i < count; ++i) {
+            for (int v = 0; v < kVectors; ++v) {
+              const V d = Isa::sub(Isa::load(rows + i * width + c + v * Isa::lanes), sums[v]);
+              rests[v] = Isa::add(rests[v], d);
+              squares[v] = Isa::fma(d, d, squares[v]);
+            }
+          }
+          for (int v = 0; v < kVectors; ++v) {
+            const int64_t at = c + v * Isa::lanes;
+            Isa::store(sum + at, sums[v]), Isa::store(rest + at, rests[v]), Isa::store(square + at, squares[v]);
           }
         }
         const double of_block = 1 / static_cast<double>(count);
@@ -102,7 +124,7 @@ class GroupNormSilu {
     for (int64_t i = 0; i < repeats; ++i, x += width, y += width) {
       for (int64_t c = 0; c < width; c += Isa::lanes) {
         const V z = preactivation(Isa::load(x + c), fold, c);
-        Isa::store(y + c, silu ? Isa::mul(z, sigmoid(z).value) : z);
+        Isa::store(y + c, silu ? Isa::mul(z, sigmoid_for(z, T{})) : z);
       }
     }
   }
@@ -144,6 +166,17 @@ class GroupNormSilu {
         Isa::store(dx + c, Isa::fma(dz, Isa::load(fold.gain + c), line));
       }
     }
+  }
+
+  template <class T>
+  static void add(const T* a, const T* b, int64_t count, T* y) {
+    int64_t i = 0;
+    for (; i + Isa::lanes <= count; i += Isa::lanes) Isa::store(y + i, Isa::add(Isa::load(a + i), Isa::load(b + i)));
+    if (i == count) return;
+    T rest[2][Isa::lanes] = {};
+    for (int64_t j = i; j < count; ++j) rest[0][j - i] = a[j], rest[1][j - i] = b[j];
+    Isa::store(rest[0], Isa::add(Isa::load(rest[0]), Isa::load(rest[1])));
+    for (int64_t j = i; j < count; ++j) y[j] = rest[0][j - i];
   }
 };
 

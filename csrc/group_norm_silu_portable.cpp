@@ -32,7 +32,9 @@ struct Portable {
   static V mul(V a, V b) { return a * b; }
   static V fma(V a, V b, V c) { return a * b + c; }
   static V max(V a, V b) { return a > b ? a : b; }
+  static V min(V a, V b) { return a < b ? a : b; }
   static V inverse(V a) { return 1 / a; }
+  static V quick_inverse(V a) { return inverse(a); }
   static V minus_abs(V a) { return reinterpret_cast<V>(reinterpret_cast<Bits>(a) | 0x80000000u); }
   static V where_positive(V a, V b, V c) { return a > 0 ? b : c; }
   static V round(V a) { return (a + 0x1.8p23f) - 0x1.8p23f; }  // |a| < 2²²

@@ -1,4 +1,4 @@
-"""The command line: `meddiff generate | reconstruct | encode | decode | measure | convert | train … | evaluate |
+"""The command line: `meddiff generate | reconstruct | encode | decode | measure | plan | convert | train … | evaluate |
 doctor`.
 
 Exit codes: 0 done, 1 failed (one line on standard error says why), 2 wrong arguments, 130 interrupted.
@@ -10,7 +10,7 @@ import argparse
 import importlib
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -42,7 +42,12 @@ def generate(
     solver: Literal["ddim", "dpmsolver++", "ddpm"] = "ddim",
     steps: PositiveInt | None = None,
     eta: float = 0.0,
+    order: Literal[1, 2] | None = None,
+    timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace",
     seed: int = 0,
+    count: PositiveInt | None = None,
+    list: str | None = None,
+    batch: PositiveInt | None = None,
     preview: str | None = None,
     control: list[str] | str | None = None,
     condition: list[str] | str | None = None,
@@ -51,12 +56,15 @@ def generate(
     high: float | None = None,
     consistency: bool = True,
     device: str | None = None,
+    decode_device: str | None = None,
     dtype: Dtype | None = None,
+    force: bool = False,
 ) -> None:
-    """Generate a volume from noise, or as a condition asks for.
+    """Generate volumes from noise, or one as a condition asks for.
 
     Args:
-        out: NIfTI file to write (.nii or .nii.gz); a .json beside it says how the volume came about.
+        out: NIfTI file to write (.nii or .nii.gz); a .json beside it says how the volume came about. Or, with count or
+            list, a folder. It gets manifest.jsonl and its volumes; the same command again goes on where it stopped.
         model: Model folder, or "organisation/name" on the Hugging Face hub.
         untrained: Preset with random weights instead of a model (8x, 4x, tiny): it generates noise, for trials.
         anatomy: What to generate, see the list below; by default the first that the model was trained for.
@@ -65,8 +73,13 @@ def generate(
         solver: ddim or dpmsolver++ (few steps), or ddpm (all 1000).
         steps: Denoising steps; by default 50 for ddim, 20 for dpmsolver++.
         eta: Fresh noise in DDIM, 0 to 1.
-        seed: The same seed gives the same volume.
-        preview: PNG of the three middle planes to write.
+        order: Of dpmsolver++, by default 2.
+        timestep_spacing: How the steps of ddim and dpmsolver++ are spread, by the names that diffusers gives them.
+        seed: The same seed gives the same volume. With count, that of the first volume; each other has the next one.
+        count: How many volumes to generate.
+        list: CSV file of volumes, with any of the columns anatomy, size, spacing, seed and file (its name).
+        batch: Volumes to denoise side by side; by default as many as fit into the memory of a GPU, one on a CPU.
+        preview: PNG of the three middle planes to write, of one volume.
         control: ControlNet folder, or a list of them in brackets; their base is the model where none is named.
         condition: For each a mask or a first reconstruction (NIfTI), or what `meddiff measure` wrote. The volume gets
             its size, spacing and affine.
@@ -74,27 +87,106 @@ def generate(
         low: Intensity of a reconstruction that maps to -1, as for reconstruct. Goes with high.
         high: Intensity of a reconstruction that maps to 1.
         consistency: Whether what was measured is imposed on the volume, where the condition is a measurement.
-        device: Such as cuda, cuda:1 or cpu; by default the GPU where there is one.
+        device: Such as cuda, cuda:1 or cpu; by default the GPU where there is one, for each process its own.
+        decode_device: Device on which one volume is decoded while others are denoised; by default it is one for both.
         dtype: Of the networks; by default bfloat16 where the device has it.
+        force: Begin even if a volume takes hours on this CPU.
     """
+    from meddiff.pipelines import generate_controlled, generate_volumes, jobs_from_count, jobs_from_list
+    from meddiff.pipelines.generate import launched_process
+    from meddiff.pipelines.plan import plan_generation
     from meddiff.report import save_mid_planes
 
-    _check_target(out, (".nii", ".nii.gz"))
+    many = list is not None or (count is not None and not out.endswith((".nii", ".nii.gz")))
+    if list is not None and count is not None:
+        raise UsageError("give either --count or --list, which has a row for each volume")
+    if many and preview:
+        raise UsageError("--preview is for one volume")
+    steered = control is not None or condition is not None
+    if steered and (list is not None or count is not None):
+        raise UsageError("--control and --condition are for one volume; leave out --count and --list")
+    if not many:
+        if count not in (None, 1):
+            raise UsageError(f"{out}: with --count {count}, --out is a folder")
+        _check_target(out, (".nii", ".nii.gz"))
+    elif Path(out).exists() and not Path(out).is_dir():
+        raise UsageError(f"{out}: with --count or --list, --out is a folder")
     _check_target(preview, (".png",))
     voxels, mm = _triple(size, int), _triple(spacing, float)
-    options = {"spacing": mm, "solver": solver, "steps": steps, "eta": eta, "seed": seed}
-    if control is None and condition is None:
-        volume = _load(model, untrained, device, dtype).generate(anatomy, voxels, **options)
+    window, given = _window(low, high), _controls(control, condition, strength)
+    rank, world, local = launched_process()
+    if world > 1 and not many:
+        raise UsageError("several processes share the volumes of --count or --list; give one, and a folder")
+    if steered and model is None and untrained is None:
+        model = _base(given)
+    loaded = _load(model, untrained, _of_process(device, local, world), dtype)
+    if decode_device is not None:
+        loaded.decode_on(decode_device)
+    options = dict(solver=solver, steps=steps, eta=eta, order=order, timestep_spacing=timestep_spacing)
+
+    if many:
+        bad = {}
+        if list is None:
+            jobs = jobs_from_count(loaded, count, seed, anatomy, voxels, mm)
+        else:
+            jobs, bad = jobs_from_list(loaded, list, seed, anatomy, voxels, mm)
+        overlap = decode_device is not None
+        name = f"[{rank}] " if world > 1 else ""
+        outcome = generate_volumes(
+            loaded,
+            jobs,
+            out,
+            batch=batch,
+            overlap=overlap,
+            force=force,
+            report=lambda line: print(name + line, flush=True),
+            **options,
+        )
+        failed = bad | outcome.failed
+        if rank == 0:
+            for row, reason in bad.items():
+                print(f"failed: {row}: {reason}")
+            print(
+                f"{outcome.made} volumes made, {outcome.found} were there, {len(failed)} failed: {out}/manifest.jsonl"
+            )
+        if failed:
+            first, reason = next(iter(failed.items()))
+            raise ValueError(
+                f"{len(failed)} of {len(jobs) + len(bad)} volumes were not made, such as {first}: {reason}; "
+                "the others are there, and the same command tries again"
+            )
+        return
+
+    if steered:
+        steering = _steering(loaded, given, window)
+        extents = steering[0][1].shape
     else:
-        window, given = _window(low, high), _controls(control, condition, strength)
-        volume = _steered(model, untrained, device, dtype, given, window, anatomy, voxels, consistency, options)
-    volume.save(out)
-    if preview:
-        save_mid_planes(volume, preview)
-    for stage in volume.record["stages"]:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # generate says it too
+            extents = loaded.target(anatomy, voxels, mm).size
+    plan = plan_generation(loaded, extents, loaded.settings(**options)["steps"], batch=1)
+    if not steered:  # what ControlNets and consistency take comes on top
+        print(plan, flush=True)
+    plan.require_possible()
+    if not force:
+        plan.require_patience()
+    if out.endswith(".nii") and not preview and not steered:
+        record = loaded.generate_to(out, anatomy, voxels, spacing=mm, seed=seed, **options)
+    else:
+        if steered:
+            volume = generate_controlled(
+                loaded, steering, anatomy, voxels, spacing=mm, seed=seed, consistency=consistency, **options
+            )
+        else:
+            volume = loaded.generate(anatomy, voxels, spacing=mm, seed=seed, **options)
+        volume.save(out)
+        record = volume.record
+        if preview:
+            save_mid_planes(volume, preview)
+    for stage in record["stages"]:
         peak = "" if stage["peak_bytes"] is None else f", peak {stage['peak_bytes'] / 2**30:.1f} GiB"
         print(f"{stage['name']}: {stage['seconds']:.1f} s{peak}")
-    print(f"wrote {out} ({_describe(volume)})")
+    print(f"wrote {out} ({_extent(record['size'], record['spacing_mm'])}, {record['modality']})")
 
 
 def measure(
@@ -154,9 +246,12 @@ def reconstruct(
     _check_target(out, (".nii", ".nii.gz"))
     window = _window(low, high)
     original = Volume.load(volume, modality, window)
-    result = _load(model, untrained, device, dtype).reconstruct(original)
-    result.save(out)
-    print(f"wrote {out} ({_describe(result)})")
+    pipeline = _load(model, untrained, device, dtype)
+    if out.endswith(".nii"):
+        pipeline.reconstruct_to(out, original)
+    else:
+        pipeline.reconstruct(original).save(out)
+    print(f"wrote {out} ({_extent(original.shape, original.spacing)}, {original.intensity.modality})")
 
 
 def encode(
@@ -213,9 +308,51 @@ def decode(
 
     _check_target(out, (".nii", ".nii.gz"))
     encoded = EncodedVolume.load(latent)
-    volume = _load(model, untrained, device, dtype).decode(encoded)
-    volume.save(out)
-    print(f"wrote {out} ({_describe(volume)})")
+    pipeline = _load(model, untrained, device, dtype)
+    if out.endswith(".nii"):
+        pipeline.decode_to(out, encoded)
+    else:
+        pipeline.decode(encoded).save(out)
+    print(f"wrote {out} ({'×'.join(map(str, encoded.shape))} voxels, {encoded.intensity.modality})")
+
+
+def plan(
+    size: PositiveInt | str = 512,
+    preset: Literal["8x", "4x", "tiny"] = "8x",
+    budget: str | None = None,
+    device: str | None = None,
+    dtype: Dtype | None = None,
+) -> None:
+    """Show how a volume would be decoded jointly within a budget of memory: what is kept, in what slabs, how long.
+
+    Args:
+        size: Voxels along the file's axes, such as 512 or 256x256x128; multiples of the downsampling factor.
+        preset: Which autoencoder.
+        budget: Memory beside the weights, such as 8GB, 900MB or 7.5GiB; by default what is free.
+        device: Such as cuda, cuda:1 or cpu; by default the GPU where there is one.
+        dtype: Of the network; by default bfloat16 where the device has it.
+    """
+    import torch
+
+    from meddiff.config import PRESETS
+    from meddiff.decode import make_plan
+    from meddiff.models import PatchVolumeAutoencoder
+    from meddiff.resources import available_bytes, bytes_of, default_device, default_dtype
+
+    config = PRESETS[preset].autoencoder
+    x, y, z = _triple(size, int)
+    if any(n % config.downsample for n in (x, y, z)):
+        raise UsageError(f"--size must be multiples of {config.downsample}, got {size}")
+    place = torch.device(device) if device else default_device()
+    precision = getattr(torch, dtype) if dtype else default_dtype(place)
+    with torch.device("meta"):
+        layers = PatchVolumeAutoencoder(config).decoder.layers()
+    latent = (1, config.embedding_dim, *(n // config.downsample for n in (z, x, y)))
+    try:
+        limit = bytes_of(budget) if budget else available_bytes(place)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    print(make_plan(layers, latent, precision, place, limit).table())
 
 
 def convert(out: str, autoencoder: str, denoiser: str) -> None:
@@ -256,6 +393,8 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, str], str]] = {
         "examples:\n"
         "  meddiff generate --out chest.nii.gz --model DIR --anatomy ct_chest_abdomen --size 512 --seed 1\n"
         "  meddiff generate --out noise.nii.gz --untrained tiny --size 64 --steps 5 --preview noise.png\n"
+        "  meddiff generate --out chests --model DIR --anatomy ct_chest_abdomen --count 100 --seed 1\n"
+        "  torchrun --nproc-per-node 4 -m meddiff.cli generate --out mixed --model DIR --list volumes.csv\n"
         "  meddiff generate --out brain.nii.gz --control DIR --condition mask.nii.gz\n\n" + _anatomies(),
     ),
     "reconstruct": (
@@ -279,6 +418,11 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, str], str]] = {
         measure,
         {"volume": "NIfTI file to read."},
         "example:\n  meddiff measure brain.nii.gz --out measured.safetensors --control DIR --low 0 --high 1000",
+    ),
+    "plan": (
+        plan,
+        {},
+        "examples:\n  meddiff plan --size 512 --budget 8GB\n  meddiff plan --preset 4x --size 256x256x128 --budget 3GB",
     ),
     "convert": (
         convert,
@@ -304,7 +448,10 @@ def _parser() -> ArgumentParser:
         command.add_argument("--config", action="config", help="YAML file with any of the options.")
         for argument, text in positionals.items():
             command.add_argument(argument, type=str, help=text)
-        command.add_function_arguments(function, skip=set(positionals))
+        flags = {"force"} if name == "generate" else set()
+        command.add_function_arguments(function, skip={*positionals, *flags})
+        if flags:
+            command.add_argument("--force", action="store_true", help="Begin even if a volume takes hours on this CPU.")
         commands.add_subcommand(name, command, help=summary)
     _add_training(commands)
     return parser
@@ -351,7 +498,7 @@ def _add_options(commands, name: str, options: str, epilog: str | None = None) -
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line and return its exit code."""
     parser = _parser()
-    parsed = parser.parse_args(arguments)
+    parsed = parser.parse_args([_with_underscores(a) for a in (sys.argv[1:] if arguments is None else arguments)])
     command = parsed.command
     try:
         with warnings.catch_warnings():
@@ -377,6 +524,12 @@ def main(arguments: list[str] | None = None) -> int:
         print("meddiff: interrupted; nothing was left half written", file=sys.stderr)
         return 130
     return 0
+
+
+def _with_underscores(argument: str) -> str:
+    """`--decode-device=cpu` is `--decode_device=cpu`."""
+    name, equals, value = argument.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument
 
 
 def _train(command: tuple[str, str, str], chosen: Namespace) -> None:
@@ -419,17 +572,20 @@ def _controls(control, condition, strength) -> list[tuple[str, str, float]]:
     return list(zip(controls, conditions, strengths))
 
 
-def _steered(model, untrained, device, dtype, given, window, anatomy, voxels, consistency, options):
+def _base(given: Sequence[tuple[str, str, float]]) -> str:
+    """The model that the first ControlNet steers."""
     from meddiff.checkpoint import load_controlnet
-    from meddiff.pipelines import Condition, TrainedControl, generate_controlled
 
-    if model is None and untrained is None:
-        model = load_controlnet(given[0][0]).base
-    loaded = _load(model, untrained, device, dtype)
-    controls = [TrainedControl.from_pretrained(folder, loaded) for folder, _, _ in given]
+    return load_controlnet(given[0][0]).base
+
+
+def _steering(model: MedDiffusion, given: Sequence[tuple[str, str, float]], window: tuple[float, float] | None):
+    """What `generate_controlled` takes."""
+    from meddiff.pipelines import Condition, TrainedControl
+
+    controls = [TrainedControl.from_pretrained(folder, model) for folder, _, _ in given]
     conditions = [Condition.load(file, control.task, window) for control, (_, file, _) in zip(controls, given)]
-    steering = list(zip(controls, conditions, (strength for _, _, strength in given)))
-    return generate_controlled(loaded, steering, anatomy, voxels, consistency=consistency, **options)
+    return list(zip(controls, conditions, (strength for _, _, strength in given)))
 
 
 def _check_target(path: str | None, suffixes: tuple[str, ...]) -> None:
@@ -444,15 +600,21 @@ def _check_target(path: str | None, suffixes: tuple[str, ...]) -> None:
 
 def _triple(text: float | str | None, number: type[int] | type[float]) -> tuple | None:
     """One number for all three axes, or three with an x between them."""
-    if text is None:
-        return None
+    from meddiff.pipelines.jobs import triple
+
     try:
-        values = tuple(number(part) for part in str(text).split("x"))
-    except ValueError:
-        values = ()
-    if len(values) not in (1, 3) or not all(v > 0 for v in values):
-        raise UsageError(f"expected a positive number, or three such as 256x256x128, got {text}")
-    return values * 3 if len(values) == 1 else values
+        return None if text is None else triple(text, number)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+
+
+def _of_process(device: str | None, local: int, world: int) -> str | None:
+    """The GPU of one of several processes, if none is named."""
+    import torch
+
+    if device is not None or world == 1 or not torch.cuda.is_available():
+        return device
+    return f"cuda:{local % torch.cuda.device_count()}"
 
 
 def _window(low: float | None, high: float | None) -> tuple[float, float] | None:
@@ -461,9 +623,9 @@ def _window(low: float | None, high: float | None) -> tuple[float, float] | None
     return None if low is None else (low, high)
 
 
-def _describe(volume) -> str:
-    size, mm = ("×".join(f"{n:g}" for n in values) for values in (volume.shape, volume.spacing))
-    return f"{size} voxels of {mm} mm, {volume.intensity.modality}"
+def _extent(shape: Sequence[int], spacing: Sequence[float]) -> str:
+    size, mm = ("×".join(f"{n:g}" for n in values) for values in (shape, spacing))
+    return f"{size} voxels of {mm} mm"
 
 
 def _print_warning(message, category, filename, lineno, file=None, line=None) -> None:

@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -32,6 +32,15 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if native else torch.float32
 
 
+def bytes_of(text: str) -> int:
+    """8GB, 900MB, 7.5GiB or a plain number of bytes; ValueError for anything else, and for nothing at all."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(?:([KMGT])(i?)B?|B)?", text.strip(), re.IGNORECASE)
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"expected a positive amount of memory such as 8GB, 900MB or 7.5GiB, got {text!r}")
+    power = " KMGT".index(found[2].upper()) if found[2] else 0
+    return int(float(found[1]) * (1024 if found[3] else 1000) ** power)
+
+
 def available_bytes(device: torch.device) -> int | None:
     """Memory that can still be allocated: free device memory, or on the CPU what system and control group leave.
 
@@ -50,6 +59,11 @@ def available_bytes(device: torch.device) -> int | None:
     except (OSError, ValueError):  # no control group, or the word "max"
         pass
     return min(limits, default=None)
+
+
+def on_device(device: torch.device) -> AbstractContextManager:
+    """`with on_device(device): ...` makes a CUDA device the current one, on whose streams Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def _resident_peak() -> int | None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import gzip
 import itertools
 import math
+import os
 import warnings
 import zlib
-from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -218,15 +219,7 @@ class Volume:
         path = Path(path)
         if not path.name.endswith((".nii", ".nii.gz")):
             raise VolumeError(f"Volume.save: {path}: the name must end in .nii or .nii.gz")
-        source = self.source or Source.generated(self.intensity.modality)
-        data, affine = _reorient(self.data, self.affine, _RAS, source.orientation)
-        header = source.header.copy()
-        shape = data.shape + header.get_data_shape()[3:]
-        loaded = _reorient(data, header.get_sform(), source.orientation, _RAS)[1]
-        if shape != header.get_data_shape() or not np.array_equal(self.affine, loaded):
-            header.set_data_shape(shape)
-            header.set_sform(affine)
-            header.set_qform(affine)
+        header, data = _stored(self.data, self.affine, self.source or Source.generated(self.intensity.modality))
         with atomic_write(path) as temporary, open(temporary, "wb") as raw:
             zipped = path.name.endswith(".gz")
             with gzip.GzipFile("", "wb", 1, raw, mtime=0) if zipped else nullcontext(raw) as stream:
@@ -297,6 +290,79 @@ def require_same_grid(
     else:
         what = f"its affine puts voxels up to {np.abs(apart).max():.3g} mm from those of {other}"
     raise VolumeError(f"{name}: is not aligned with {other}: {what}; resample it onto that grid")
+
+
+@contextmanager
+def stream_volume(
+    path: str | Path,
+    shape: tuple[int, int, int],
+    affine: np.ndarray,
+    intensity: IntensityScale,
+    source: Source | None = None,
+) -> Iterator[Callable[[torch.Tensor, int, int], None]]:
+    """Write an uncompressed NIfTI file slab by slab: `with stream_volume(…) as on_slab: model.decode(…, on_slab=…)`.
+
+    Args:
+        path: ends in `.nii`. The file appears when the block ends, and not at all if it raises.
+        shape: voxels along X, Y, Z, RAS+.
+        affine: [4, 4] in mm, RAS+.
+        intensity: [-1, 1] of the slabs to original units.
+        source: how a volume was stored, see `Volume.save`; None is as for a generated volume.
+
+    Yields `on_slab(slab, sample, start)` for float slabs [1, 1, n, H, W] of any device, planes `start` … of the only
+    sample. Values are clipped to [-1, 1]; what lies beyond `shape` is left out. The bytes are those of `Volume.save`.
+
+    Raises VolumeError for another suffix, values that are not finite, or if planes are missing at the end; OSError as
+    `atomic_write`, also if the disk has no room.
+    """
+    path = Path(path)
+    if path.suffix != ".nii":
+        raise VolumeError(f"stream_volume: {path}: the name must end in .nii; compressed files cannot be streamed")
+    like = np.broadcast_to(np.float32(0), shape)
+    source = source or Source.generated(intensity.modality)
+    header, stored = _stored(like, np.asarray(affine, dtype=np.float64), source)
+    written = 0
+    with atomic_write(path) as temporary:
+        with open(temporary, "r+b") as raw:
+            header.write_to(raw)
+            offset = raw.tell()
+            size = stored.size * header.get_data_dtype().itemsize
+            if hasattr(os, "posix_fallocate"):  # else a full disk would end the process, and not the write
+                os.posix_fallocate(raw.fileno(), offset, size)
+            else:
+                raw.truncate(offset + size)
+        mapped = np.memmap(temporary, header.get_data_dtype(), "r+", offset, stored.shape, order="F")
+        turned = _reorient(mapped, header.get_sform(), source.orientation, _RAS)[0]
+        planes = file_to_tensor_axes(turned)
+
+        def on_slab(slab: torch.Tensor, sample: int, start: int) -> None:
+            nonlocal written
+            _, height, width = planes.shape
+            target = planes[start : start + slab.shape[2]]
+            values = slab[0, 0, : len(target), :height, :width].float().clamp(-1, 1)
+            values = intensity.denormalize(values).cpu().numpy()
+            _require_finite(values)
+            for plane, value in zip(target, values):
+                plane[:] = _encode(value, header)
+            written += len(target)
+
+        yield on_slab
+        if written != len(planes):
+            raise VolumeError(f"stream_volume: {path}: {written} of {len(planes)} planes were written")
+        mapped.flush()
+
+
+def _stored(data: np.ndarray, affine: np.ndarray, source: Source) -> tuple[nib.Nifti1Header, np.ndarray]:
+    """The header to write, and a view of the voxels [X, Y, Z], RAS+, in the order of the file."""
+    turned, turned_affine = _reorient(data, affine, _RAS, source.orientation)
+    header = source.header.copy()
+    shape = turned.shape + header.get_data_shape()[3:]
+    loaded = _reorient(turned, header.get_sform(), source.orientation, _RAS)[1]
+    if shape != header.get_data_shape() or not np.array_equal(affine, loaded):
+        header.set_data_shape(shape)
+        header.set_sform(turned_affine)
+        header.set_qform(turned_affine)
+    return header, turned
 
 
 def _reorient(data: np.ndarray, affine: np.ndarray, start: tuple, end: tuple) -> tuple[np.ndarray, np.ndarray]:
@@ -435,11 +501,15 @@ def _read_voxels(stream: BinaryIO, header: nib.Nifti1Header) -> np.ndarray:
 
 def _write_voxels(stream: BinaryIO, data: np.ndarray, header: nib.Nifti1Header) -> None:
     """Write [X, Y, Z] in Fortran order, plane by plane; a plane is the only temporary."""
-    dtype, (slope, inter) = header.get_data_dtype(), header.get_slope_inter()
     for z in range(data.shape[2]):
-        plane = data[:, :, z]
-        if (slope, inter) != (1, 0):
-            plane = (np.float64(plane) - inter) / slope
-        if dtype.kind in "iu":
-            plane = np.clip(np.rint(np.float64(plane)), *shared_range(np.float64, dtype))
-        stream.write(plane.astype(dtype).tobytes(order="F"))
+        stream.write(_encode(data[:, :, z], header).tobytes(order="F"))
+
+
+def _encode(values: np.ndarray, header: nib.Nifti1Header) -> np.ndarray:
+    """Original units → the file's dtype, through its slope and intercept; integers are rounded and clipped."""
+    dtype, (slope, inter) = header.get_data_dtype(), header.get_slope_inter()
+    if (slope, inter) != (1, 0):
+        values = (np.float64(values) - inter) / slope
+    if dtype.kind in "iu":
+        values = np.clip(np.rint(np.float64(values)), *shared_range(np.float64, dtype))
+    return values.astype(dtype)

@@ -11,9 +11,10 @@ ROOT = Path(__file__).parents[1]
 FLOORS = [
     {"config", "files", "progress", "resources"},
     {"kernels"},
-    {"models"},
+    {"decode"},
+    {"models", "ops"},
     {"checkpoint", "sampling", "tasks", "volume"},
-    {"conversion", "doctor", "pipelines", "report"},
+    {"acceleration", "conversion", "doctor", "pipelines", "report"},
     {"training"},
     {"cli"},
 ]

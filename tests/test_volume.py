@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nibabel import orientations
 from nibabel.testing import data_path
 
-from meddiff.volume import IntensityScale, Source, Volume, VolumeError, require_same_grid
+from meddiff.volume import IntensityScale, Source, Volume, VolumeError, require_same_grid, stream_volume
 
 SHAPE = (2, 3, 4)
 AFFINE = nib.affines.from_matvec(np.diag([1.5, 2.0, 2.5]), [-30.25, 12.5, 7.0])
@@ -431,3 +431,74 @@ def test_masks_are_whole_numbers(tmp_path):
         nib.save(nib.Nifti1Image(bad, np.eye(4)), tmp_path / "bad.nii")
         with pytest.raises(VolumeError, match="bad.nii: a mask holds whole numbers"):
             Volume.load_labels(tmp_path / "bad.nii")
+
+
+def _slabs(tensor, planes):
+    return [(tensor[:, :, i : i + planes], 0, i) for i in range(0, tensor.shape[2], planes)]
+
+
+@pytest.mark.parametrize("codes", ["RAS", "LPS", "SAL", "PIR"])
+def test_streamed_bytes_are_those_of_save(codes, tmp_path):
+    """With slabs of padded size, values beyond [-1, 1], and an int16 file with a slope."""
+    data = np.random.default_rng(0).integers(-500, 900, (9, 7, 11)).astype(np.int16)
+    turn = orientations.ornt_transform(orientations.axcodes2ornt("RAS"), orientations.axcodes2ornt(codes))
+    image = nib.Nifti1Image(data, np.diag([2, 1, 3, 1.0])).as_reoriented(turn)
+    image.header.set_slope_inter(2.0, 10.0)
+    image.to_filename(tmp_path / "scan.nii")
+    volume = Volume.load(tmp_path / "scan.nii", "CT", (-900, 1700))
+    d, h, w = volume.to_tensor().shape[2:]
+    tensor = torch.randn(1, 1, d + 3, h + 2, w + 1, generator=torch.Generator().manual_seed(0))
+    volume.with_tensor(tensor[..., :d, :h, :w].clamp(-1, 1)).save(tmp_path / "saved.nii")
+    out = tmp_path / "streamed.nii"
+    with stream_volume(out, volume.shape, volume.affine, volume.intensity, volume.source) as on_slab:
+        for slab in _slabs(tensor, 4):
+            on_slab(*slab)
+        assert not out.exists()
+    assert out.read_bytes() == (tmp_path / "saved.nii").read_bytes()
+
+
+@pytest.mark.parametrize("scale", [IntensityScale.ct(), IntensityScale(0, 1000, "MR")])
+def test_a_streamed_volume_without_a_source(scale, tmp_path):
+    tensor = torch.rand(1, 1, 5, 6, 7, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    volume = Volume.from_tensor(tensor, intensity=scale, spacing=(1, 2, 3))
+    volume.save(tmp_path / "saved.nii")
+    with stream_volume(tmp_path / "streamed.nii", volume.shape, volume.affine, scale) as on_slab:
+        for slab in _slabs(tensor.bfloat16().float(), 2):
+            on_slab(*slab)
+    loaded = Volume.load(tmp_path / "streamed.nii", scale.modality, (scale.low, scale.high))
+    np.testing.assert_allclose(loaded.data, volume.data, atol=8)
+    with stream_volume(tmp_path / "streamed.nii", volume.shape, volume.affine, scale) as on_slab:
+        for slab in _slabs(tensor, 5):
+            on_slab(*slab)
+    assert (tmp_path / "streamed.nii").read_bytes() == (tmp_path / "saved.nii").read_bytes()
+
+
+def test_an_interrupted_stream_leaves_no_file(tmp_path):
+    affine, scale = np.eye(4), IntensityScale.ct()
+    tensor = torch.zeros(1, 1, 4, 4, 4)
+
+    def begin(name="out.nii"):
+        return stream_volume(tmp_path / name, (4, 4, 4), affine, scale)
+
+    for error in (KeyboardInterrupt, RuntimeError):
+        with pytest.raises(error), begin() as on_slab:
+            on_slab(tensor[:, :, :2], 0, 0)
+            raise error
+    with pytest.raises(VolumeError, match="2 of 4 planes were written"), begin() as on_slab:
+        on_slab(tensor[:, :, :2], 0, 0)
+    with pytest.raises(VolumeError, match="NaN"), begin() as on_slab:
+        on_slab(tensor * torch.nan, 0, 0)
+    with pytest.raises(VolumeError, match="must end in .nii"), begin("out.nii.gz"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_an_error_of_the_stream(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(OSError, match="was not written"):
+        with stream_volume(tmp_path / "out.nii", (4, 4, 4), np.eye(4), IntensityScale.ct()):
+            pass
+    assert list(tmp_path.iterdir()) == []

@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from contextlib import nullcontext
+from dataclasses import replace
 from itertools import product
 
 import torch
@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meddiff.config import AutoencoderConfig
+from meddiff.decode import Attention, Conv, Layer, Norm, OnSlab, UpConv, decode_jointly
 from meddiff.kernels.patchify import patchify
 from meddiff.kernels.vq_fused import vq_decode, vq_encode
 from meddiff.models.blocks import GroupNorm, attend_over_volume, conv1, conv3, down_conv, up_conv
 from meddiff.models.codebook import Codebook
-from meddiff.models.streaming import SlabDecoder, slab_bytes
-from meddiff.progress import convolution_progress
 from meddiff.progress import progress as bar
 from meddiff.resources import available_bytes
 
 _NORM_EPS = 1e-6
 _HEADS, _HEAD_DIM = 4, 32
+_MOST_PATCHES = 32  # in a batch
 _SHARE_OF_FREE = 0.9  # of the free memory; others need some too
 
 
@@ -142,6 +142,43 @@ class Decoder(nn.Module):
             h = level(h)
         return self.final_block(h)
 
+    def layers(self) -> list[Layer]:
+        """The decoder in the vocabulary of `meddiff.decode`, for planning and for decoding in slabs."""
+        chain: list[Layer] = [Conv("conv_first", 0, self.conv_first.weight, self.conv_first.bias)]
+
+        def residual(name: str, block: ResBlock) -> None:
+            x, shortcut = len(chain), block.resConv
+            for i, (norm, conv) in enumerate(((block.norm1, block.conv1), (block.norm2, block.conv2)), 1):
+                layer = Conv(f"{name}.conv{i}", len(chain), conv.weight, conv.bias, _norm(norm), silu=True)
+                if i == 2:
+                    layer = replace(layer, residual=x)
+                if i == 2 and isinstance(shortcut, nn.Conv3d):
+                    layer = replace(layer, residual_weight=shortcut.weight, residual_bias=shortcut.bias)
+                chain.append(layer)
+
+        residual("mid_block.res1", self.mid_block.res1)
+        attn = self.mid_block.attn
+        out = attn.to_out
+        chain.append(
+            Attention(
+                "mid_block.attn", len(chain), _norm(attn.norm), attn.to_qkv.weight, None, out.weight, out.bias, _HEADS
+            )
+        )
+        residual("mid_block.res2", self.mid_block.res2)
+        for i, level in enumerate(self.conv_blocks):
+            residual(f"conv_blocks.{i}.res1", level.res1)
+            residual(f"conv_blocks.{i}.res2", level.res2)
+            if hasattr(level, "up"):
+                up = level.up.conv_trans
+                chain.append(UpConv(f"conv_blocks.{i}.up", len(chain), up.weight, up.bias))
+        norm, _, conv = self.final_block
+        chain.append(Conv("final_block", len(chain), conv.weight, conv.bias, _norm(norm), silu=True))
+        return chain
+
+
+def _norm(layer: nn.GroupNorm) -> Norm:
+    return Norm(layer.num_groups, layer.weight, layer.bias, layer.eps)
+
 
 class PatchVolumeAutoencoder(nn.Module):
     """The Patch-Volume autoencoder, with its codebook.
@@ -226,26 +263,31 @@ class PatchVolumeAutoencoder(nn.Module):
         joint: bool = True,
         tile: int = 256,
         memory_budget: int | None = None,
+        on_slab: OnSlab | None = None,
         progress: bool = False,
-    ) -> Tensor:
-        """Decode code indices to a volume.
+    ) -> Tensor | None:
+        """Decode code indices to a volume. The joint decode has no gradient; train through `decoder`.
 
         Args:
             indices: int64 [B, d, h, w], each in [0, n_codes).
             joint: decode the whole latent at once, so that norms and attention see all of it. False reproduces the
                 published disjoint tiles, for comparison: each has its own statistics, and seams show between them.
             tile: edge of a disjoint tile in voxels, a multiple of the downsampling factor; only for joint=False.
-            memory_budget: bytes that the joint decode may take beside weights and output; None is what is free. Where
-                whole tensors do not fit, they are computed in slabs, some of them more than once: the same result in
-                less memory and more time (`meddiff.models.streaming`).
+            memory_budget: bytes that the joint decode may take beside the weights; None is what is free. Where whole
+                tensors do not fit, they are computed in slabs, some of them more than once: the same result in less
+                memory and more time (`meddiff.decode`).
+            on_slab: called as on_slab(slab, sample, start) with the finished planes [1, 1, n, H, W] from plane `start`
+                on, in their order; the whole volume never exists then. What it raises ends the decoding.
             progress: show a progress bar.
 
         Returns:
-            [B, 1, f·d, f·h, f·w] in the model's dtype.
+            [B, 1, f·d, f·h, f·w] in the model's dtype; None with `on_slab`.
 
         Raises:
-            ValueError: for a wrong shape, an index out of range or a tile that does not fit the latent grid.
-            MemoryError: if even slabs need more than the budget or than what is free; the message says how much.
+            ValueError: for a wrong shape, an index out of range, a tile that does not fit the latent grid, or `on_slab`
+                with joint=False.
+            MemoryError: if no plan fits into the budget or into what is free; the message says the least that works.
+            FloatingPointError: if a layer's output is not finite; the message names it.
         """
         f = self.config.downsample
         if indices.ndim != 4 or indices.numel() == 0:
@@ -258,8 +300,10 @@ class PatchVolumeAutoencoder(nn.Module):
             )
         rows = F.embedding(indices.to(self.device), self._code_table()).permute(0, 4, 1, 2, 3)
         if joint:
-            return self._decode_jointly(rows, memory_budget, progress)
+            return self._decode_jointly(rows, memory_budget, on_slab, progress)
 
+        if on_slab is not None:
+            raise ValueError("decode: on_slab is for the joint decode, and joint is False")
         if tile < f or tile % f:
             raise ValueError(f"decode: tile must be a positive multiple of {f} voxels, got {tile}")
         warnings.warn(
@@ -271,24 +315,30 @@ class PatchVolumeAutoencoder(nn.Module):
             (rows.shape[0], self.config.image_channels, *(n * f for n in rows.shape[2:])), dtype=self.dtype
         )
         for i, j, k in product(*(range(0, n, t) for n in rows.shape[2:])):
-            piece = self.decoder(rows[:, :, i : i + t, j : j + t, k : k + t])
+            piece = self._decode_jointly(rows[:, :, i : i + t, j : j + t, k : k + t], memory_budget, None, False)
             d, h, w = piece.shape[2:]
             volume[:, :, i * f :, j * f :, k * f :][..., :d, :h, :w] = piece
         return volume
 
-    def decode_latent(self, latent: Tensor, memory_budget: int | None = None, progress: bool = False) -> Tensor:
+    def decode_latent(
+        self,
+        latent: Tensor,
+        memory_budget: int | None = None,
+        on_slab: OnSlab | None = None,
+        progress: bool = False,
+    ) -> Tensor | None:
         """Decode a latent in the denoiser's range, jointly: un-scaled, quantised and decoded.
 
         Args:
             latent: float [B, 8, d, h, w], as `LatentScale.scale` makes it.
-            memory_budget, progress: as for `decode`.
+            memory_budget, on_slab, progress: as for `decode`.
 
         Returns:
-            [B, 1, f·d, f·h, f·w] in the model's dtype.
+            [B, 1, f·d, f·h, f·w] in the model's dtype; None with `on_slab`.
 
         Raises:
             ValueError: for a wrong or empty shape.
-            MemoryError: as `decode`.
+            MemoryError, FloatingPointError: as `decode`.
         """
         channels = self.config.embedding_dim
         if latent.ndim != 5 or latent.shape[1] != channels or latent.numel() == 0:
@@ -298,49 +348,22 @@ class PatchVolumeAutoencoder(nn.Module):
         scale = self.codebook.latent_scale()
         extremes = (scale.minimum, scale.maximum)
         _, rows = vq_decode(latent.to(self.device), self.codebook.embeddings, self._code_table(), extremes)
-        return self._decode_jointly(rows, memory_budget, progress)
+        return self._decode_jointly(rows, memory_budget, on_slab, progress)
 
     def forward(self, x: Tensor) -> Tensor:
         """Reconstruct x [B, 1, D, H, W]: encode, quantise, decode jointly, crop to x's size."""
         d, h, w = x.shape[-3:]
         return self.decode(self.encode_to_codes(x)[1])[..., :d, :h, :w]
 
-    def _decode_jointly(self, rows: Tensor, budget: int | None, progress: bool) -> Tensor:
-        size = (rows.shape[0], *rows.shape[2:])
+    @torch.no_grad()
+    def _decode_jointly(
+        self, rows: Tensor, budget: int | None, on_slab: OnSlab | None, progress: bool
+    ) -> Tensor | None:
         free = available_bytes(self.device)
         if free is not None:
             free = int(_SHARE_OF_FREE * free)
             budget = free if budget is None else min(budget, free)
-        if budget is None or self.joint_decode_bytes(size) <= budget:
-            with convolution_progress(self.decoder, size, "decoding") if progress else nullcontext():
-                return self.decoder(rows)
-        in_flight, least = self.slab_decode_bytes(size)
-        if least > budget:
-            voxels = "×".join(str(n * self.config.downsample) for n in size[1:])
-            raise MemoryError(
-                f"decode: the joint decode of {voxels} voxels needs at least {least / 2**30:.1f} GiB on {self.device}, "
-                f"and there are {budget / 2**30:.1f} GiB; free some, decode a smaller volume, "
-                "or use bfloat16 where float32 is set"
-            )
-        wrap = bar("decoding") if progress else iter
-        return SlabDecoder(self.decoder, budget - in_flight, progress=wrap)(rows)
-
-    def joint_decode_bytes(self, size: Sequence[int]) -> int:
-        """About how much memory decoding a latent of (B, d, h, w) in whole tensors takes at its peak, beside weights.
-
-        The peak is in the first residual block of the finest level: its input and the norm of it are twice the base
-        width wide, two convolution outputs once, and about one more is the convolutions' own scratch space.
-        """
-        voxels = math.prod(size) * self.config.downsample**3
-        return 7 * self.config.n_hiddens * voxels * self.dtype.itemsize
-
-    def slab_decode_bytes(self, size: Sequence[int]) -> tuple[int, int]:
-        """About the memory for decoding a latent of (B, d, h, w) in slabs: what is in flight beside the tensors that
-        are kept (the volume itself and the slabs), and the least in all, with the tensor that is upsampled last."""
-        batch, d, h, w = (size[0], *(n * self.config.downsample for n in size[1:]))
-        width = 2 * self.config.n_hiddens
-        in_flight = 2 * batch * d * h * w * self.dtype.itemsize + slab_bytes(d, width * h * w * self.dtype.itemsize)
-        return in_flight, in_flight + 2 * width * (d * h * w // 8) * self.dtype.itemsize
+        return decode_jointly(self.decoder.layers(), rows, budget, on_slab, progress)
 
     def _encode_patches(
         self, x: Tensor, patch_batch: int | None, progress: bool, window: tuple[float, float] | None
@@ -355,12 +378,25 @@ class PatchVolumeAutoencoder(nn.Module):
         if patch_batch is None:
             patch_batch = self._patches_that_fit()
         starts = range(0, x.shape[0] * math.prod(grid), patch_batch)
+        copies = torch.cuda.Stream(self.device) if self.device.type == "cuda" and x.device.type == "cpu" else None
         features = []
         for start in bar("encoding")(starts) if progress else starts:
             patches = patchify(x, p, self.dtype, window, start, start + patch_batch)
-            features.append(self.encoder(patches.to(self.device)))
+            features.append(self.encoder(patches.to(self.device) if copies is None else self._copy(patches, copies)))
         d, h, w = (g * (p // self.config.downsample) for g in grid)
         return torch.cat(features), (d, h, w)
+
+    def _copy(self, patches: Tensor, copies: torch.cuda.Stream) -> Tensor:
+        """Patches on the GPU, copied by a stream of its own while the ones before are encoded, and the next are cut.
+
+        No GPU has run this yet.
+        """
+        with torch.cuda.stream(copies):
+            there = patches.pin_memory().to(self.device, non_blocking=True)
+        current = torch.cuda.current_stream(self.device)
+        current.wait_stream(copies)
+        there.record_stream(current)
+        return there
 
     def _code_table(self) -> Tensor:
         """What `post_vq_conv` makes of every code: [n_codes, 8] in the model's dtype."""
@@ -368,10 +404,11 @@ class PatchVolumeAutoencoder(nn.Module):
         return F.linear(self.codebook.embeddings.to(self.dtype), conv.weight.flatten(1), conv.bias)
 
     def _patches_that_fit(self) -> int:
-        """On a GPU as many patches as half of its free memory holds; on a CPU one, which stays in cache."""
-        if self.device.type != "cuda":
+        """On a GPU as many patches as half of its free memory holds, and no more than keep it busy, so that copies
+        overlap; on a CPU one, which stays in cache."""
+        free = available_bytes(self.device) if self.device.type == "cuda" else None
+        if free is None:
             return 1
         # The widest moment is a residual block of the finest level: input, norm, two convolution outputs.
         patch_bytes = 4 * self.config.n_hiddens * self.config.patch_size**3 * self.dtype.itemsize
-        free_bytes, _ = torch.cuda.mem_get_info(self.device)
-        return max(1, free_bytes // 2 // patch_bytes)
+        return max(1, min(_MOST_PATCHES, free // 2 // patch_bytes))

@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -206,6 +207,10 @@ class SteeredDenoiser:
     def __init__(self, denoiser: BiFlowNet, controls: Sequence[Control]) -> None:
         self.denoiser, self.controls = denoiser, tuple(controls)
         self.config, self.device, self.dtype = denoiser.config, denoiser.device, denoiser.dtype
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of the denoiser and of the controls."""
+        return chain(self.denoiser.parameters(), *(control.network.parameters() for control in self.controls))
 
     def __call__(self, x: Tensor, t: Tensor, y: Tensor, resolution: Tensor) -> Tensor:
         return self.denoiser(x, t, y, resolution, self.controls)

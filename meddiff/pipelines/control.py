@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,15 +21,14 @@ from meddiff.checkpoint import load_controlnet, weights_sha256
 from meddiff.config import Anatomy, MasksConfig, SparseViewCTConfig, TaskConfig, task_from_dict, task_to_dict
 from meddiff.files import atomic_write
 from meddiff.models import Control, ControlNet, SteeredDenoiser
-from meddiff.pipelines.model import MedDiffusion
-from meddiff.resources import StageMeter
-from meddiff.sampling import sample_latent, solver_timesteps
+from meddiff.pipelines.model import MedDiffusion, Target
+from meddiff.resources import StageMeter, on_device
+from meddiff.sampling import sample_latent
 from meddiff.tasks import Measurement, impose, is_measured, measure, network_input, reconstruct
 from meddiff.volume import IntensityScale, Volume, file_to_tensor_axes, require_same_grid
 
 _FORMAT = "meddiff-measurement-1"
 _SPACING_TOLERANCE = 0.02  # relative
-_WITHOUT_UNIT = IntensityScale(0, 1000, "MR")
 
 
 @dataclass(frozen=True)
@@ -176,11 +174,9 @@ def generate_controlled(
     size: Sequence[int] | None = None,
     *,
     spacing: Sequence[float] | None = None,
-    solver: str = "ddim",
-    steps: int | None = None,
-    eta: float = 0.0,
     seed: int = 0,
     consistency: bool = True,
+    **options: Any,
 ) -> Volume:
     """Generate the volume that the conditions ask for, in their place.
 
@@ -188,9 +184,10 @@ def generate_controlled(
         steering: ControlNets with their conditions and strengths; several add up.
         anatomy: a name that all of them were trained on; None is the first one's first.
         size, spacing: along X, Y, Z, as a check: the conditions have them.
-        solver, steps, eta, seed: as for `MedDiffusion.generate`.
+        seed: the same seed gives the same volume.
         consistency: impose what was measured on each step's clean volume and on the result, where there are
             measurements.
+        options: solver, steps, eta, order and timestep_spacing, as for `MedDiffusion.generate`.
 
     Returns:
         The volume, with the affine of the conditions and the units of the first one that has any, else as
@@ -199,6 +196,7 @@ def generate_controlled(
     Raises:
         ValueError: for no condition, conditions that are not aligned with one another, and sizes, spacings and
             anatomies that a ControlNet was not made for.
+        MemoryError: if decoding needs more memory than is free.
     """
     if not steering:
         raise ValueError("generate: a ControlNet needs a condition, and there is none")
@@ -215,47 +213,24 @@ def generate_controlled(
             raise ValueError(f"generate: {name} {tuple(wanted)} was asked for, and {condition.name} has {found}")
     kind = first.anatomies[anatomy]
 
+    target = Target(anatomy, kind.class_index, kind.modality, condition.shape, mm)
+    agree = _agreement(steering, consistency)
     meter = StageMeter(model.device)
-    with meter.stage("control"):
-        tensor = sample_controlled(
-            model,
-            steering,
-            kind.class_index,
-            solver=solver,
-            steps=steps,
-            eta=eta,
-            seed=seed,
-            consistency=consistency,
-        )
-    units = [other.intensity for _, other, _ in steering if other.intensity is not None]
-    default = IntensityScale.ct() if kind.modality == "CT" else _WITHOUT_UNIT
-    record = {
-        "anatomy": anatomy,
-        "class": kind.class_index,
-        "size": list(condition.shape),
-        "spacing_mm": list(mm),
-        "seed": seed,
-        "solver": solver,
-        "steps": len(solver_timesteps(model.schedule, solver, steps)),
-        "eta": eta,
-        "model": {"source": model.source, "trained": model.trained, "sha256": model.fingerprint},
-        "controls": [
-            {
-                "source": control.source,
-                "task": task_to_dict(control.task),
-                "condition": other.name,
-                "strength": strength,
-                "consistency": consistency and other.measurement is not None,
-            }
-            for control, other, strength in steering
-        ],
-        "device": str(model.device),
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "versions": {name: version(name) for name in ("meddiff", "torch")},
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "stages": meter.to_dicts(),
-    }
-    return Volume.from_tensor(tensor, intensity=(*units, default)[0], affine=condition.affine, record=record)
+    with meter.stage("sample"):
+        latent = _sample(model, steering, kind.class_index, agree, seed, options)
+    controls = [
+        {
+            "source": control.source,
+            "task": task_to_dict(control.task),
+            "condition": other.name,
+            "strength": strength,
+            "consistency": consistency and other.measurement is not None,
+        }
+        for control, other, strength in steering
+    ]
+    record = {"seed": seed, **model.settings(**options), "controls": controls, "stages": meter.to_dicts()}
+    intensity = next((other.intensity for _, other, _ in steering if other.intensity is not None), None)
+    return model.decode_sample(latent, target, record, correct=agree, affine=condition.affine, intensity=intensity)
 
 
 def _check_grid(model: MedDiffusion, control: TrainedControl, condition: Condition, anatomy: str) -> None:
@@ -289,45 +264,59 @@ def sample_controlled(
     steering: Sequence[Steering],
     class_index: int,
     *,
-    solver: str = "ddim",
-    steps: int | None = None,
-    eta: float = 0.0,
     seed: int = 0,
     consistency: bool = True,
+    **options: Any,
 ) -> Tensor:
     """The volume that the conditions ask for, float32 [1, 1, D, H, W] in [-1, 1], or where a measurement was imposed,
     about so. Arguments as for `generate_controlled`."""
-    autoencoder, factor = model.autoencoder, model.config.autoencoder.downsample
-    with torch.inference_mode():
-        controls = [
-            Control(
-                control.network,
-                network_input(condition.values, control.task, control.network.control_config.encoder, autoencoder),
-                strength,
-            )
-            for control, condition, strength in steering
-        ]
+    agree = _agreement(steering, consistency)
+    tensor = model.decode_latent(_sample(model, steering, class_index, agree, seed, options))
+    return tensor if agree is None else agree(tensor)
+
+
+def _agreement(steering: Sequence[Steering], consistency: bool) -> Callable[[Tensor], Tensor] | None:
+    """What makes a volume [1, 1, D, H, W] agree with all that was measured; None if there is nothing to impose."""
     measured = [(c.measurement, control.task) for control, c, _ in steering if c.measurement and consistency]
 
+    @torch.inference_mode()
     def agree(x: Tensor) -> Tensor:
         for measurement, task in measured:
             x = impose(x[0, 0], measurement, task)[None, None]
         return x
 
-    latent = sample_latent(
+    return agree if measured else None
+
+
+def _sample(
+    model: MedDiffusion,
+    steering: Sequence[Steering],
+    class_index: int,
+    agree: Callable[[Tensor], Tensor] | None,
+    seed: int,
+    options: dict[str, Any],
+) -> Tensor:
+    """The latent float32 [1, 8, d, h, w], in the denoiser's range."""
+    autoencoder, shape = model.autoencoder, steering[0][1].shape
+    with torch.inference_mode():
+        controls = []
+        for control, condition, strength in steering:
+            with on_device(autoencoder.device):
+                given = network_input(
+                    condition.values, control.task, control.network.control_config.encoder, autoencoder
+                )
+            with on_device(model.device):
+                controls.append(Control(control.network, given, strength))
+    return sample_latent(
         SteeredDenoiser(model.denoiser, controls),
         model.schedule,
-        tuple(n // factor for n in steering[0][1].values.shape),
+        model.latent_size(shape),
         torch.tensor([class_index]),
-        solver=solver,
-        steps=steps,
-        eta=eta,
         seed=seed,
-        correct_x0=latent_correction(model, agree) if measured else None,
+        correct_x0=None if agree is None else latent_correction(model, agree),
         progress=True,
+        **options,
     )
-    with torch.inference_mode():
-        return agree(model.decode_latent(latent))
 
 
 def latent_correction(model: MedDiffusion, agree: Callable[[Tensor], Tensor]) -> Callable[[Tensor, int], Tensor]:
@@ -340,9 +329,11 @@ def latent_correction(model: MedDiffusion, agree: Callable[[Tensor], Tensor]) ->
     scale = autoencoder.codebook.latent_scale()
 
     def correct(x0: Tensor, step: int) -> Tensor:
-        volume = autoencoder.decode_latent(x0).float().clamp(-1, 1)
-        after, before = (autoencoder.encode(v) for v in (agree(volume).clamp(-1, 1), volume))
         d, h, w = x0.shape[2:]
-        return x0 + (scale.scale(after) - scale.scale(before))[..., :d, :h, :w].to(x0.device)
+        with on_device(autoencoder.device):
+            volume = autoencoder.decode_latent(x0).float().clamp(-1, 1)
+            after, before = (autoencoder.encode(v) for v in (agree(volume).clamp(-1, 1), volume))
+            moved = (scale.scale(after) - scale.scale(before))[..., :d, :h, :w]
+        return x0 + moved.to(x0.device)
 
     return correct

@@ -5,23 +5,41 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from meddiff.checkpoint import fingerprint, load_model, save_model
-from meddiff.config import ANATOMIES, PRESETS, Anatomy, ModelConfig
+from meddiff.config import ANATOMIES, PRESETS, Anatomy, ModelConfig, Size, Spacing
+from meddiff.files import write_json
 from meddiff.models import BiFlowNet, PatchVolumeAutoencoder
 from meddiff.pipelines.latents import EncodedVolume
-from meddiff.resources import StageMeter, default_device, default_dtype
-from meddiff.sampling import NoiseSchedule, sample_latent, solver_timesteps
-from meddiff.volume import IntensityScale, Volume
+from meddiff.resources import StageMeter, default_device, default_dtype, on_device
+from meddiff.sampling import NoiseSchedule, Sampler, resolve_order, solver_timesteps
+from meddiff.volume import IntensityScale, Volume, VolumeError, stream_volume
 
 _GENERATED_MR = IntensityScale(0, 1000, "MR")  # MR has no unit: a range that every viewer shows well
+
+
+class Target(NamedTuple):
+    """What a volume is to show, and its grid: voxels and mm along the file's axes X, Y, Z."""
+
+    anatomy: str
+    class_index: int
+    modality: str
+    size: Size
+    spacing: Spacing
+
+    @property
+    def intensity(self) -> IntensityScale:
+        """Of the volume: Hounsfield units for CT, 0 to 1000 for MR, which has no unit."""
+        return IntensityScale.ct() if self.modality == "CT" else _GENERATED_MR
 
 
 class MedDiffusion:
@@ -112,43 +130,35 @@ class MedDiffusion:
         """SHA-256 over the weights of autoencoder and denoiser, as they are loaded."""
         return fingerprint(self.autoencoder, self.denoiser)
 
+    def decode_on(self, device: str | torch.device) -> None:
+        """Move the autoencoder to a device of its own. ValueError for one that is not there, or lacks the dtype."""
+        self.autoencoder.to(_placement(device, self.dtype)[0])
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        """Denoises; keeps its buffers from one volume to the next until `sampler.drop()`."""
+        return Sampler(self.denoiser, self.schedule)
+
     @property
     def size_unit(self) -> int:
         """Generated volumes are multiples of this many voxels along each axis."""
         return self.config.autoencoder.downsample * self.config.denoiser.sub_volume
 
-    def sample(
-        self,
-        noise: Tensor | Sequence[int],
-        y: Tensor | int,
-        solver: str = "ddim",
-        steps: int | None = None,
-        eta: float = 0.0,
-        seed: int | Sequence[int] = 0,
-    ) -> Tensor:
-        """Sample latents in the denoiser's range: float32 [B, 8, d, h, w]. See `meddiff.sampling.sample_latent`.
+    def sample(self, noise: Tensor | Sequence[int], y: Tensor | int, **options: Any) -> Tensor:
+        """Sample latents in the denoiser's range: float32 [B, 8, d, h, w]. See `meddiff.sampling.Sampler.sample`.
 
         Args:
             noise: the start [B, 8, d, h, w], or the latent's size (d, h, w) to draw it from the seed.
             y: class, or classes [B].
-            solver, steps, eta, seed: as for `sample_latent`.
+            options: solver, steps, eta, order, timestep_spacing and seed.
         """
-        return sample_latent(
-            self.denoiser,
-            self.schedule,
-            noise,
-            torch.as_tensor(y).reshape(-1),
-            solver=solver,
-            steps=steps,
-            eta=eta,
-            seed=seed,
-            progress=True,
-        )
+        return self.sampler.sample(noise, torch.as_tensor(y).reshape(-1), progress=True, **options)
 
     @torch.inference_mode()
     def decode_latent(self, latent: Tensor) -> Tensor:
         """Sampled latent, float [B, 8, d, h, w] in the denoiser's range → volume float32 [B, 1, D, H, W] in [-1, 1]."""
-        return self.autoencoder.decode_latent(latent, progress=True).float().clamp_(-1, 1)
+        with on_device(self.autoencoder.device):
+            return self.autoencoder.decode_latent(latent, progress=True).float().clamp_(-1, 1)
 
     def generate(
         self,
@@ -156,27 +166,82 @@ class MedDiffusion:
         size: Sequence[int] | None = None,
         *,
         spacing: Sequence[float] | None = None,
-        solver: str = "ddim",
-        steps: int | None = None,
-        eta: float = 0.0,
         seed: int = 0,
+        **options: Any,
     ) -> Volume:
         """Generate one volume.
 
         Args:
-            anatomy: a name of `config.anatomies`; None is the first.
-            size: voxels along the file's axes X, Y, Z, multiples of `size_unit`; None is the anatomy's first size.
-                A size for which the model was not trained works, with a warning.
-            spacing: mm along X, Y, Z; None is the one of that size.
-            solver, steps, eta, seed: as for `sample`.
+            anatomy, size, spacing: as for `target`.
+            seed: the same seed gives the same volume.
+            options: solver, steps, eta, order and timestep_spacing, as for `meddiff.sampling.Sampler.sample`.
 
         Returns:
             The volume in Hounsfield units (CT) or in 0…1000 (MR). `volume.record` says how it came about: seed, solver,
             class, size, model, versions, seconds and peak memory of each stage.
 
         Raises:
-            ValueError: for an unknown anatomy, or a size or spacing that does not fit.
+            ValueError: for an unknown anatomy, or a size, spacing or option that does not fit.
             MemoryError: if decoding needs more memory than is free.
+        """
+        return self.decode_sample(*self._sample_target(anatomy, size, spacing, seed, options))
+
+    @torch.inference_mode()
+    def generate_to(
+        self,
+        out: str | Path,
+        anatomy: str | None = None,
+        size: Sequence[int] | None = None,
+        *,
+        spacing: Sequence[float] | None = None,
+        seed: int = 0,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """`generate` straight into an uncompressed `.nii` and the `.json` beside it: the volume is never in memory.
+
+        Finished slabs are written while others are decoded; whatever interrupts it leaves no file. The arguments and
+        errors are `generate`'s, and VolumeError for another suffix. Returns the record.
+        """
+        out = Path(out)
+        if out.suffix != ".nii":
+            raise VolumeError(f"generate_to: {out}: the name must end in .nii; `generate` makes what can be compressed")
+        latent, target, record = self._sample_target(anatomy, size, spacing, seed, options)
+        meter, affine = StageMeter(self.autoencoder.device), np.diag([*target.spacing, 1.0])
+        with meter.stage("decode"), stream_volume(out, target.size, affine, target.intensity) as on_slab:
+            with on_device(self.autoencoder.device):
+                self.autoencoder.decode_latent(latent, on_slab=on_slab, progress=True)
+        record = self._complete(record, target, meter)
+        write_json(out.with_suffix(".json"), record)
+        return record
+
+    def _sample_target(
+        self,
+        anatomy: str | None,
+        size: Sequence[int] | None,
+        spacing: Sequence[float] | None,
+        seed: int,
+        options: dict[str, Any],
+    ) -> tuple[Tensor, Target, dict[str, Any]]:
+        """What `decode_sample` takes: latent, target and record."""
+        target = self.target(anatomy, size, spacing)
+        meter = StageMeter(self.device)
+        with meter.stage("sample"):
+            latent = self.sample(self.latent_size(target.size), target.class_index, seed=seed, **options)
+        return latent, target, {"seed": seed, **self.settings(**options), "stages": meter.to_dicts()}
+
+    def target(
+        self, anatomy: str | None = None, size: Sequence[int] | None = None, spacing: Sequence[float] | None = None
+    ) -> Target:
+        """Check what is to be generated, and fill in what is not given.
+
+        Args:
+            anatomy: a name of `config.anatomies`; None is the first.
+            size: voxels along the file's axes X, Y, Z, multiples of `size_unit`; None is the anatomy's first size.
+                A size for which the model was not trained works, with a warning.
+            spacing: mm along X, Y, Z; None is the one of that size.
+
+        Raises:
+            ValueError: for an unknown anatomy, or a size or spacing that does not fit.
         """
         anatomies = self.config.anatomies
         anatomy = next(iter(anatomies)) if anatomy is None else anatomy
@@ -194,41 +259,79 @@ class MedDiffusion:
             warnings.warn(
                 f"generate: {anatomy} was trained at sizes {', '.join(map(str, kind.sizes()))}, not {size}; "
                 "quality at other sizes is not known",
-                stacklevel=2,
+                stacklevel=3,
             )
-        x, y, z = (n // self.config.autoencoder.downsample for n in size)
+        return Target(anatomy, kind.class_index, kind.modality, size, spacing)
 
-        meter = StageMeter(self.device)
-        with meter.stage("sample"):
-            latent = self.sample((z, x, y), kind.class_index, solver, steps, eta, seed)
+    def latent_size(self, size: Sequence[int]) -> tuple[int, int, int]:
+        """Voxels along X, Y, Z → extents D, H, W of the latent."""
+        x, y, z = (n // self.config.autoencoder.downsample for n in size)
+        return z, x, y
+
+    def settings(
+        self,
+        solver: str = "ddim",
+        steps: int | None = None,
+        eta: float = 0.0,
+        order: int | None = None,
+        timestep_spacing: str = "linspace",
+    ) -> dict[str, Any]:
+        """How volumes are made, as JSON types, with the number of steps filled in. ValueError for a wrong one."""
+        return {
+            "solver": solver,
+            "steps": len(solver_timesteps(self.schedule, solver, steps, timestep_spacing)),
+            "eta": eta,
+            "order": resolve_order(solver, eta, order),
+            "timestep_spacing": timestep_spacing,
+            "model": {"source": self.source, "trained": self.trained, "sha256": self.fingerprint},
+            "dtype": str(self.dtype).removeprefix("torch."),
+        }
+
+    def decode_sample(
+        self,
+        latent: Tensor,
+        target: Target,
+        record: dict[str, Any],
+        *,
+        correct: Callable[[Tensor], Tensor] | None = None,
+        affine: np.ndarray | None = None,
+        intensity: IntensityScale | None = None,
+    ) -> Volume:
+        """The volume of a sampled latent [1, 8, d, h, w], on the autoencoder's device; completes its record.
+
+        `correct` replaces the decoded [1, 1, D, H, W] by another one; `affine` (float64 [4, 4] in mm, RAS+) and
+        `intensity` put the volume into a place and a unit, if not those of the target.
+        """
+        meter = StageMeter(self.autoencoder.device)
         with meter.stage("decode"):
             tensor = self.decode_latent(latent)
-        intensity = IntensityScale.ct() if kind.modality == "CT" else _GENERATED_MR
-        record = {
-            "anatomy": anatomy,
-            "class": kind.class_index,
-            "size": list(size),
-            "spacing_mm": list(spacing),
-            "seed": seed,
-            "solver": solver,
-            "steps": len(solver_timesteps(self.schedule, solver, steps)),
-            "eta": eta,
-            "model": {"source": self.source, "trained": self.trained, "sha256": self.fingerprint},
+            tensor = tensor if correct is None else correct(tensor)
+        record = self._complete(record, target, meter)
+        affine = np.diag([*target.spacing, 1.0]) if affine is None else affine
+        return Volume.from_tensor(tensor, intensity=intensity or target.intensity, affine=affine, record=record)
+
+    def _complete(self, record: dict[str, Any], target: Target, decoding: StageMeter) -> dict[str, Any]:
+        return {
+            "anatomy": target.anatomy,
+            "class": target.class_index,
+            "modality": target.modality,
+            "size": list(target.size),
+            "spacing_mm": list(target.spacing),
+            **record,
             "device": _device_name(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
             "versions": {name: version(name) for name in ("meddiff", "torch")},
             "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "stages": meter.to_dicts(),
+            "stages": [*record["stages"], *decoding.to_dicts()],
         }
-        return Volume.from_tensor(tensor, intensity=intensity, spacing=spacing, record=record)
 
     @torch.inference_mode()
     def encode(self, volume: Volume) -> EncodedVolume:
         """Encode a volume patch by patch, keeping all that `decode` needs to give it back in place."""
         window = (volume.intensity.low, volume.intensity.high)
-        latent, indices, _ = self.autoencoder.encode_to_codes(
-            volume.to_tensor(scaled=False), progress=True, window=window
-        )
+        with on_device(self.autoencoder.device):
+            latent, indices, _ = self.autoencoder.encode_to_codes(
+                volume.to_tensor(scaled=False), progress=True, window=window
+            )
         return EncodedVolume(
             indices=indices[0].cpu(),
             latent=latent[0].cpu(),
@@ -245,26 +348,44 @@ class MedDiffusion:
 
         Raises ValueError if another autoencoder encoded it.
         """
+        self._check_codebook(encoded)
+        x, y, z = encoded.shape
+        tensor = self._decode(encoded.indices[None])[..., :z, :x, :y]
+        return Volume.from_tensor(tensor, intensity=encoded.intensity, affine=encoded.affine, source=encoded.source)
+
+    @torch.inference_mode()
+    def decode_to(self, out: str | Path, encoded: EncodedVolume) -> None:
+        """`decode` straight into an uncompressed `.nii`: the volume is never in memory, and no half file is left.
+
+        Raises VolumeError for another suffix, ValueError if another autoencoder encoded it.
+        """
+        self._check_codebook(encoded)
+        with stream_volume(out, encoded.shape, encoded.affine, encoded.intensity, encoded.source) as on_slab:
+            self.autoencoder.decode(encoded.indices[None], on_slab=on_slab, progress=True)
+
+    def reconstruct(self, volume: Volume) -> Volume:
+        """Encode, quantise and decode jointly: same size, affine, orientation, dtype and units as `volume`."""
+        return self.decode(self.encode(volume))
+
+    def reconstruct_to(self, out: str | Path, volume: Volume) -> None:
+        """`reconstruct` straight into an uncompressed `.nii`, see `decode_to`."""
+        self.decode_to(out, self.encode(volume))
+
+    def _check_codebook(self, encoded: EncodedVolume) -> None:
         if encoded.codebook_sha256 != self._codebook_fingerprint:
             raise ValueError(
                 "decode: this latent belongs to another codebook "
                 f"(SHA-256 {encoded.codebook_sha256[:12]}…, this model's is {self._codebook_fingerprint[:12]}…); "
                 "load the model that encoded it"
             )
-        x, y, z = encoded.shape
-        tensor = self._decode(encoded.indices[None])[..., :z, :x, :y]
-        return Volume.from_tensor(tensor, intensity=encoded.intensity, affine=encoded.affine, source=encoded.source)
-
-    def reconstruct(self, volume: Volume) -> Volume:
-        """Encode, quantise and decode jointly: same size, affine, orientation, dtype and units as `volume`."""
-        return self.decode(self.encode(volume))
 
     @cached_property
     def _codebook_fingerprint(self) -> str:
         return fingerprint(self.autoencoder.codebook)
 
     def _decode(self, indices: Tensor) -> Tensor:
-        return self.autoencoder.decode(indices, progress=True).float().clamp_(-1, 1)
+        with on_device(self.autoencoder.device):
+            return self.autoencoder.decode(indices, progress=True).float().clamp_(-1, 1)
 
     def _check_size(self, size: tuple[int, ...]) -> None:
         unit = self.size_unit

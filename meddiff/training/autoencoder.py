@@ -6,6 +6,7 @@ and `post_vq_conv` on the stitched latents of whole volumes, so that patches joi
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader
 
 from meddiff.checkpoint import load_component, save_component
 from meddiff.models import PatchVolumeAutoencoder
+from meddiff.models.autoencoder import AttentionBlock, ResBlock
 from meddiff.report import save_comparison
 from meddiff.training.data import Draws, VolumeDataset, list_volumes, patch_draw, volume_draw
 from meddiff.training.discriminator import PatchDiscriminator
@@ -60,6 +62,22 @@ class _Reconstruction(nn.Module):
             with torch.no_grad():
                 z, _, rows = a.encode_to_codes(x)
         return a.decoder(a.post_vq_conv(rows)).float(), z, rows, statistics
+
+
+@torch.no_grad()
+def initialise(autoencoder: PatchVolumeAutoencoder) -> None:
+    """Random weights to begin with: convolutions that keep the variance, and residual branches that are zero (Goyal et
+    al. 2017). An autoencoder that is almost linear soon finds all directions of the latent that matter."""
+    for module in autoencoder.modules():
+        if isinstance(module, nn.Conv3d | nn.ConvTranspose3d):
+            inputs = module.in_channels * math.prod(module.kernel_size)
+            if isinstance(module, nn.ConvTranspose3d):
+                inputs //= math.prod(module.stride)
+            nn.init.normal_(module.weight, std=inputs**-0.5)
+            nn.init.zeros_(module.bias)
+    for module in autoencoder.modules():
+        if isinstance(module, ResBlock | AttentionBlock):
+            nn.init.zeros_(module.conv2.weight if isinstance(module, ResBlock) else module.to_out.weight)
 
 
 @torch.enable_grad()
@@ -119,6 +137,7 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
     torch.manual_seed(options.seed)
     if options.initial is None:
         autoencoder = PatchVolumeAutoencoder(options.model)
+        initialise(autoencoder)
     else:
         autoencoder = load_component(options.initial, "autoencoder").requires_grad_(True)
     config = autoencoder.config

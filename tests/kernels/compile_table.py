@@ -35,6 +35,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 COLUMNS = ("kernel", "target", "registers", "shared", "spilled", "tensor_core", "tensor_core_meant")
 _CAPABILITIES = (80, 90, 100)
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
+_ON_TENSOR_CORES = ("march_kernel", "project_kernel")  # of csrc/*.cu
 _TENSOR_CORE = re.compile(r"\b(?:[HIDQO]G?MMA|UTC\w*MMA)\b")
 
 
@@ -110,16 +111,22 @@ def triton_rows(folder: Path, cases: int) -> list[dict]:
 
 
 def library_rows(library: Path) -> list[dict]:
-    """The kernels of csrc/*.cu for every architecture that they were built for."""
+    """The kernels of csrc/*.cu for every architecture that they were built for; shared memory is what is static."""
+    tensor_core = {}
+    for part in dump("-sass", library).split("arch = ")[1:]:
+        for function in part.split("Function : ")[1:]:
+            tensor_core[part.split()[0], function.split()[0]] = len(_TENSOR_CORE.findall(function))
     rows = []
     for part in dump("-res-usage", library).split("arch = ")[1:]:
         target = part.split()[0]
         for mangled, registers, stack, shared, local in _USAGE.findall(part):
             name = subprocess.run(["c++filt", mangled], capture_output=True, text=True, check=True).stdout
             name = re.search(r"(\w+(?:<[^()]*>)?)\(", name.replace("(anonymous namespace)", ""))[1]
-            file = re.search(r"_\d+_(\w+)_cu_", mangled)[1]
-            figures = (registers, shared, int(stack) + int(local), 0, "no")
-            rows.append(dict(zip(COLUMNS, map(str, (f"{file}.cu {name}", target, *figures)))))
+            name = name.replace("meddiff::device::", "")
+            file = re.search(r"_\d+_([a-z]\w*)_cu_", mangled)[1]
+            figures = (registers, shared, int(stack) + int(local), tensor_core[target, mangled])
+            meant = "yes" if name.startswith(_ON_TENSOR_CORES) else "no"
+            rows.append(dict(zip(COLUMNS, map(str, (f"{file}.cu {name}", target, *figures, meant)))))
     return rows
 
 

@@ -11,7 +11,6 @@ import torch
 from meddiff.config import PRESETS
 from meddiff.models import LatentScale, PatchVolumeAutoencoder
 from meddiff.models.autoencoder import AttentionBlock, ResBlock
-from meddiff.models.streaming import SlabDecoder
 from meddiff.volume import IntensityScale
 
 TINY = PRESETS["tiny"].autoencoder
@@ -73,6 +72,16 @@ def test_patches_are_cut_and_put_back_in_order(autoencoder):
 def test_the_patch_batch_does_not_matter(autoencoder, patch_batch):
     x = torch.rand(1, 1, 32, 32, 32)
     torch.testing.assert_close(autoencoder.encode(x, patch_batch), autoencoder.encode(x, 3), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_patches_that_are_copied_meanwhile_are_encoded_as_those_that_are_there(reference_weights):
+    autoencoder = reference_weights(PatchVolumeAutoencoder(TINY)).to("cuda", torch.bfloat16)
+    x = torch.rand(1, 1, 64, 80, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    there = autoencoder.encode(x.cuda(), patch_batch=3)
+    for _ in range(3):
+        assert torch.equal(autoencoder.encode(x, patch_batch=3), there)
 
 
 def test_other_sizes_are_padded_with_edge_values_and_cropped(autoencoder):
@@ -210,21 +219,36 @@ def test_errors_say_what_was_wanted(autoencoder):
 
 
 def test_too_little_memory_is_said_beforehand(autoencoder):
-    with pytest.raises(MemoryError, match=r"joint decode of 16×16×16 voxels needs at least .* GiB"):
+    with pytest.raises(MemoryError, match=r"16×16×16 voxels in float32 need at least .* MB beside the weights"):
         autoencoder.decode(torch.zeros(1, 2, 2, 2, dtype=torch.int64), memory_budget=1000)
 
 
-def test_a_budget_below_whole_tensors_gives_the_same(autoencoder, monkeypatch, relative_error):
-    used = []
-    original = SlabDecoder.__call__
-    monkeypatch.setattr(SlabDecoder, "__call__", lambda self, z: used.append(self) or original(self, z))
-    indices = torch.randint(0, TINY.n_codes, (1, 12, 10, 10), generator=torch.Generator().manual_seed(0))
-    assert autoencoder.decode(indices).shape == (1, 1, 96, 80, 80)
-    assert not used
-    _, least = autoencoder.slab_decode_bytes((1, 12, 10, 10))
-    monkeypatch.setattr(autoencoder, "joint_decode_bytes", lambda size: least + 2)
-    volume = autoencoder.decode(indices, memory_budget=least + 1)
-    assert len(used) == 1
-    # PyTorch's float32 statistics of 600,000 voxels are the less exact ones, so float64 is the judge.
-    exact = copy.deepcopy(autoencoder).double()
-    assert relative_error(volume, exact.decode(indices)) < 1e-5
+def test_a_budget_below_whole_tensors_gives_the_same(autoencoder, relative_error):
+    indices = torch.randint(0, TINY.n_codes, (1, 6, 5, 5), generator=torch.Generator().manual_seed(0))
+    whole, planned = autoencoder.decode(indices), autoencoder.decode(indices, memory_budget=4_000_000)
+    assert not torch.equal(planned, whole)
+    # PyTorch's float32 statistics are the less exact ones, so float64 is the judge.
+    exact = copy.deepcopy(autoencoder).double().decoder
+    rows = torch.nn.functional.embedding(indices, autoencoder._code_table()).permute(0, 4, 1, 2, 3).double()
+    for volume in (whole, planned):
+        assert relative_error(volume, exact(rows)) < 1e-5
+
+
+def test_slabs_make_up_the_volume(autoencoder):
+    indices = torch.randint(0, TINY.n_codes, (2, 4, 3, 3), generator=torch.Generator().manual_seed(0))
+    slabs = [[], []]
+
+    def receive(slab, sample, start):
+        assert start == sum(s.shape[2] for s in slabs[sample])
+        slabs[sample].append(slab)
+
+    assert autoencoder.decode(indices, on_slab=receive) is None
+    assert len(slabs[0]) > 1
+    whole = autoencoder.decode(indices)
+    assert torch.equal(torch.cat([torch.cat(s, 2) for s in slabs]), whole)
+    latent = torch.rand(1, 8, 2, 2, 2) * 2 - 1
+    slabs[0].clear()
+    assert autoencoder.decode_latent(latent, on_slab=receive) is None
+    assert torch.equal(torch.cat(slabs[0], 2), autoencoder.decode_latent(latent))
+    with pytest.raises(ValueError, match="on_slab is for the joint decode"):
+        autoencoder.decode(indices, joint=False, on_slab=receive)

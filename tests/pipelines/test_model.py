@@ -62,6 +62,34 @@ def test_encoded_volumes_survive_the_disk(model, scan, tmp_path):
     assert (tmp_path / "decoded.nii.gz").read_bytes() == (tmp_path / "reconstructed.nii.gz").read_bytes()
 
 
+def test_streamed_files_are_those_that_are_saved(model, scan, tmp_path):
+    volume = Volume.load(scan)
+    model.reconstruct(volume).save(tmp_path / "saved.nii")
+    model.reconstruct_to(tmp_path / "streamed.nii", volume)
+    assert (tmp_path / "streamed.nii").read_bytes() == (tmp_path / "saved.nii").read_bytes()
+    with pytest.warns(UserWarning, match="quality at other sizes"):
+        record = model.generate_to(tmp_path / "mr.nii", "mr_abdomen", (64, 64, 64), steps=1, seed=5)
+        generated = model.generate("mr_abdomen", (64, 64, 64), steps=1, seed=5)
+    assert json.loads((tmp_path / "mr.json").read_text()) == record
+    unequal = {key for key in record if record[key] != generated.record[key]}
+    assert unequal <= {"created", "stages"} and record.keys() == generated.record.keys()
+    generated.save(tmp_path / "generated.nii")
+    assert (tmp_path / "mr.nii").read_bytes() == (tmp_path / "generated.nii").read_bytes()
+
+
+def test_an_interrupted_decode_leaves_no_file(model, tmp_path, monkeypatch):
+    def interrupt(*arguments, on_slab, **options):
+        on_slab(torch.zeros(1, 1, 4, 64, 64), 0, 0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(model.autoencoder, "decode_latent", interrupt)
+    with pytest.warns(UserWarning), pytest.raises(KeyboardInterrupt):
+        model.generate_to(tmp_path / "a.nii", "ct_legs", (64, 64, 64), steps=1)
+    with pytest.raises(ValueError, match="must end in .nii"):
+        model.generate_to(tmp_path / "a.nii.gz")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_dtype_decodes_and_another_codebook_does_not(model, scan):
     encoded = model.encode(Volume.load(scan))
     rounded = meddiff.untrained("tiny", dtype=torch.bfloat16, device="cpu")
@@ -178,10 +206,12 @@ def test_errors_say_what_was_wanted(model, arguments, message):
         meddiff.untrained("16x")
 
 
-def test_a_missing_gpu_is_named(monkeypatch):
+def test_a_missing_gpu_is_named(model, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="meddiff doctor"):
         meddiff.untrained("tiny", device="cuda")
+    with pytest.raises(ValueError, match="meddiff doctor"):
+        model.decode_on("cuda")
 
 
 def test_float16_is_for_gpus():

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
 from meddiff.config import PRESETS, ScheduleConfig
 from meddiff.kernels.diffusion_step import COEFFICIENTS, diffusion_step
 from meddiff.models import BiFlowNet
-from meddiff.sampling import NoiseSchedule, sample_latent, solver_timesteps
+from meddiff.sampling import NoiseSchedule, Sampler, sample_latent, solver_timesteps
+from meddiff.sampling import sampler as sampler_module
 from meddiff.sampling.solvers import ddim_table, ddpm_table
 
 
@@ -82,9 +85,8 @@ def test_the_seed_decides_whatever_else_runs(denoiser, schedule, eta):
     torch.randn(100)
     assert torch.equal(run(7), first)
     assert not torch.allclose(run(8), first, atol=0.1)
-    both = run(6, batch=2)
-    torch.testing.assert_close(both[1:], first, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(run([7, 3], batch=2)[:1], first, rtol=1e-3, atol=1e-3)
+    assert torch.equal(run(6, batch=2)[1:], first)
+    assert torch.equal(run([7, 3], batch=2)[:1], first)
     state = torch.get_rng_state()
     run(7)
     assert torch.equal(torch.get_rng_state(), state)
@@ -197,6 +199,168 @@ def test_non_finite_estimates_stop_with_the_step_named(schedule):
         sample_latent(Diverging(), schedule, (8, 8, 8), Y, steps=5)
 
 
+def test_the_bad_sample_is_named(schedule):
+    class DivergingOnClass2(torch.nn.Module):
+        config = PRESETS["tiny"].denoiser
+        device = torch.device("cpu")
+
+        def forward(self, x, t, y, resolution):
+            return x / (y != 2)
+
+    with pytest.raises(FloatingPointError, match=r"of sample 2 of 3 is not finite at step 1 of 4 \(t = 999\)"):
+        sample_latent(DivergingOnClass2(), schedule, (8, 8, 8), torch.tensor([1, 2, 0]), steps=4)
+
+
+def test_samples_of_a_batch_may_be_of_several_classes(denoiser, schedule):
+    classes = torch.tensor([3, 0, 6])
+    together = sample_latent(denoiser, schedule, (8, 8, 16), classes, steps=2, seed=[5, 9, 2])
+    for latent, y, seed in zip(together, classes, (5, 9, 2)):
+        assert torch.equal(sample_latent(denoiser, schedule, (8, 8, 16), y[None], steps=2, seed=seed)[0], latent)
+
+
+class FakeGraph:
+    """Runs the captured step, and counts."""
+
+    def __init__(self, step, pool):
+        self.step, self.shared, self.replays, self.dropped = step, pool, 0, False
+
+    def replay(self):
+        assert not self.dropped
+        self.replays += 1
+        self.step()
+
+    def pool(self):
+        return "pool"
+
+    def reset(self):
+        self.dropped = True
+
+
+@pytest.fixture
+def graphs(monkeypatch):
+    made = []
+
+    def capture(step, device, pool=None):
+        for _ in range(sampler_module.WARM_UPS):
+            step()
+        made.append(FakeGraph(step, pool))
+        return made[-1]
+
+    monkeypatch.setattr(sampler_module, "capture", capture)
+    return made
+
+
+def test_a_graph_serves_all_steps_and_samples_of_a_shape(denoiser, schedule, graphs):
+    sampler = Sampler(denoiser, schedule, graphs=True)
+    runs = [
+        {"noise": (8, 8, 8), "y": Y, "steps": 3, "seed": 1},
+        {"noise": (8, 8, 8), "y": torch.tensor([4]), "steps": 2, "seed": 2},
+        {"noise": (8, 8, 16), "y": Y, "steps": 2},
+        {"noise": (8, 8, 8), "y": Y, "steps": 3, "solver": "dpmsolver++"},
+        {"noise": (8, 8, 8), "y": Y, "steps": 3, "eta": 1.0, "seed": 1},
+        {"noise": (8, 8, 8), "y": Y, "steps": 3, "seed": 1},
+        {"noise": (8, 8, 8), "y": Y.repeat(2), "steps": 3, "seed": 1},
+    ]
+    results = [sampler.sample(**run) for run in runs]
+    assert [graph.replays for graph in graphs] == [3 + 2 + 3, 2, 3, 3, 3]
+    assert [graph.shared for graph in graphs] == [None, *["pool"] * 4]
+    for run, latent in zip(runs, results):
+        assert torch.equal(sample_latent(denoiser, schedule, **run), latent)
+    assert torch.equal(results[0], results[5]) and torch.equal(results[6][:1], results[0])
+
+    buffers = [weakref.ref(loop) for loop in sampler._loops.values()]
+    sampler.drop()
+    graphs_dropped = [graph.dropped for graph in graphs]
+    graphs.clear()
+    assert all(graphs_dropped) and not any(buffer() for buffer in buffers)
+    assert torch.equal(sampler.sample(**runs[0]), results[0]) and graphs[0].shared is None
+
+
+def test_graphs_do_not_outlive_the_place_of_the_weights(schedule, graphs, reference_weights):
+    denoiser = reference_weights(BiFlowNet(PRESETS["tiny"].denoiser))
+    sampler = Sampler(denoiser, schedule, graphs=True)
+    run = {"noise": (8, 8, 8), "y": Y, "steps": 2}
+    before = sampler.sample(**run)
+    with torch.no_grad():
+        denoiser.init_conv.bias.add_(0.5)  # in its place: the graph reads the new value
+    changed = sampler.sample(**run)
+    assert len(graphs) == 1 and not torch.allclose(changed, before, atol=1e-3)
+    denoiser.init_conv.bias.data = denoiser.init_conv.bias - 0.5
+    torch.testing.assert_close(sampler.sample(**run), before, rtol=1e-3, atol=1e-3)
+    assert len(graphs) == 2 and graphs[0].dropped and not graphs[1].dropped
+
+
+def test_without_a_graph_the_steps_run_one_by_one(denoiser, schedule, monkeypatch):
+    def capture(step, device, pool=None):
+        step()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore of it")
+
+    monkeypatch.setattr(sampler_module, "capture", capture)
+    sampler, run = Sampler(denoiser, schedule, graphs=True), {"noise": (8, 8, 8), "y": Y, "steps": 2}
+    with pytest.warns(UserWarning, match=r"no CUDA graph .*\(operation not permitted when stream is capturing\)"):
+        first = sampler.sample(**run)
+    assert torch.equal(first, sample_latent(denoiser, schedule, **run))
+    assert torch.equal(first, sampler.sample(**run))  # and it is not tried again: no warning, which would be an error
+
+
+def test_results_are_no_buffers(denoiser, schedule):
+    sampler = Sampler(denoiser, schedule)
+    first = sampler.sample((8, 8, 8), Y, steps=2, seed=1)
+    kept = first.clone()
+    sampler.sample((8, 8, 8), Y, steps=2, seed=2)
+    assert torch.equal(first, kept) and first.is_contiguous()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"eta": 1.0}, {"solver": "dpmsolver++"}])
+def test_a_graph_gives_the_bits_of_its_steps(schedule, reference_weights, dtype, options):
+    denoiser = reference_weights(BiFlowNet(PRESETS["tiny"].denoiser)).to("cuda", dtype)
+    run = {"noise": (8, 16, 16), "y": torch.tensor([1, 3]), "steps": 4, "seed": 5} | options
+    eager = Sampler(denoiser, schedule, graphs=False).sample(**run)
+    sampler = Sampler(denoiser, schedule)
+    for _ in range(2):
+        assert torch.equal(sampler.sample(**run), eager)
+    assert all(loop.graph is not None for loop in sampler._loops.values())
+    one = sampler.sample(**run | {"y": torch.tensor([3]), "seed": 6})
+    assert torch.equal(one, eager[1:])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("options", [{}, {"solver": "ddpm", "steps": None}, {"solver": "dpmsolver++"}])
+@pytest.mark.parametrize("graphs", [True, False])
+def test_no_step_waits_for_the_device(schedule, reference_weights, graphs, options):
+    denoiser = reference_weights(BiFlowNet(PRESETS["tiny"].denoiser)).to("cuda", torch.bfloat16)
+    sampler = Sampler(denoiser, schedule, graphs=graphs)
+    sampler.sample((8, 8, 8), Y, **{"steps": 3} | options)  # captures, compiles
+    waits = []
+
+    class Watched(type(next(iter(sampler._loops.values())))):
+        def advance(self):
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                super().advance()
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            waits.append(0)
+
+    for loop in sampler._loops.values():
+        loop.__class__ = Watched
+    sampler.sample((8, 8, 8), Y, **{"steps": 3} | options)
+    assert len(waits) == (1000 if options.get("solver") == "ddpm" else 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_a_gpu_samples_what_the_cpu_samples(denoiser, schedule, reference_weights):
+    run = {"noise": (8, 8, 16), "y": Y, "steps": 4, "seed": 3, "eta": 0.5}
+    on_gpu = reference_weights(BiFlowNet(PRESETS["tiny"].denoiser)).to("cuda")
+    there = sample_latent(on_gpu, schedule, **run).cpu()
+    torch.testing.assert_close(there, sample_latent(denoiser, schedule, **run), rtol=1e-2, atol=1e-2)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
@@ -209,6 +373,9 @@ def test_non_finite_estimates_stop_with_the_step_named(schedule):
         ({"steps": 1001}, r"\[1, 1000\]"),
         ({"eta": 2.0}, "eta"),
         ({"eta": 0.5, "solver": "ddpm", "steps": None}, "eta"),
+        ({"order": 2}, "order"),
+        ({"solver": "dpmsolver++", "order": 3}, "order"),
+        ({"timestep_spacing": "karras"}, "linspace, leading, trailing"),
         ({"seed": -1}, "seed"),
         ({"seed": [1, 2]}, "seed"),
         ({"y": torch.tensor([7])}, r"\[0, 7\)"),

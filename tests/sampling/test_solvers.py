@@ -43,13 +43,19 @@ def estimate_of(schedule: NoiseSchedule, spread: float) -> Callable[[Tensor, int
 
 
 def trajectory(
-    schedule: NoiseSchedule, solver: str, timesteps: list[int], estimate: Callable, dtype: torch.dtype, eta: float = 0.0
+    schedule: NoiseSchedule,
+    solver: str,
+    timesteps: list[int],
+    estimate: Callable,
+    dtype: torch.dtype,
+    eta: float = 0.0,
+    order: int = 2,
 ):
     """Our x after every step: of the operator for float32, of its definition for float64, with diffusers' noise."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0)).to(dtype)
     x0_prev = torch.full_like(x, torch.nan) if SOLVERS[solver].order > 1 else None
-    for t, row in zip(timesteps, SOLVERS[solver].table(schedule, timesteps, eta).to(dtype), strict=True):
+    for t, row in zip(timesteps, SOLVERS[solver].table(schedule, timesteps, eta, order).to(dtype), strict=True):
         noisy = eta > 0 or (solver == "ddpm" and t > 0)
         fresh = torch.randn(SHAPE, generator=generator, dtype=torch.float64).to(dtype) if noisy else None
         if dtype == torch.float32:
@@ -131,11 +137,43 @@ def test_dpmsolver(schedule, steps, spread):
     assert_agrees(schedule, "dpmsolver++", timesteps, spread, peer_trajectory(scheduler, timesteps, estimate), 1e-5)
 
 
-def test_dpmsolver_timesteps_are_those_of_diffusers(schedule):
-    scheduler = peer(DPMSolverMultistepScheduler, schedule)
-    for steps in (*range(1, 40), 50, 100, 333, 500, 998, 999):
-        scheduler.set_timesteps(steps)
-        assert solver_timesteps(schedule, "dpmsolver++", steps) == scheduler.timesteps.tolist()
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("order", [1, 2])
+def test_dpmsolver_of_other_orders_and_spacings(schedule, order, spacing):
+    timesteps, estimate = solver_timesteps(schedule, "dpmsolver++", 15, spacing), estimate_of(schedule, 0.1)
+    scheduler = peer(DPMSolverMultistepScheduler, schedule, solver_order=order, timestep_spacing=spacing)
+    scheduler.set_timesteps(15)
+    assert scheduler.timesteps.tolist() == timesteps
+    sigmas = ((1 - scheduler.alphas_cumprod) / scheduler.alphas_cumprod).sqrt()[timesteps]
+    scheduler.sigmas = torch.cat([sigmas, sigmas.new_zeros(1)])
+    ours = trajectory(schedule, "dpmsolver++", timesteps, estimate, torch.float64, order=order)
+    assert_same(ours, peer_trajectory(scheduler, timesteps, estimate), 1e-5)
+
+
+@pytest.mark.parametrize("spacing", ["leading", "trailing"])
+@pytest.mark.parametrize("steps", [10, 25])
+def test_ddim_of_other_spacings(schedule, steps, spacing):
+    """At steps that divide T, as diffusers goes from t to t - T // steps, and below 0 to the final ᾱ."""
+    timesteps, estimate = solver_timesteps(schedule, "ddim", steps, spacing), estimate_of(schedule, 0.5)
+    scheduler = peer(DDIMScheduler, schedule, clip_sample=True, set_alpha_to_one=False, timestep_spacing=spacing)
+    scheduler.final_alpha_cumprod = scheduler.alphas_cumprod[0]
+    scheduler.set_timesteps(steps)
+    assert scheduler.timesteps.tolist() == timesteps
+    assert_agrees(schedule, "ddim", timesteps, 0.5, peer_trajectory(scheduler, timesteps, estimate), 1e-9)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+def test_timesteps_are_those_of_diffusers(schedule, spacing):
+    for solver, kind in {"dpmsolver++": DPMSolverMultistepScheduler, "ddim": DDIMScheduler}.items():
+        if (solver, spacing) == ("ddim", "linspace"):
+            continue  # theirs are rounded, ours are the released model's
+        scheduler = peer(kind, schedule, timestep_spacing=spacing)
+        for steps in (*range(1, 40), 50, 100, 333, 500, 998, 999):
+            scheduler.set_timesteps(steps)
+            ours = solver_timesteps(schedule, solver, steps, spacing)
+            # of some numbers of steps they have one timestep more, -1
+            assert ours == scheduler.timesteps.tolist()[:steps]
+            assert len(ours) == steps == len(set(ours)) and 0 <= min(ours) <= max(ours) <= 999
     assert len(solver_timesteps(schedule, "dpmsolver++")) == 20
 
 

@@ -13,7 +13,8 @@ from accelerate.state import AcceleratorState
 
 from meddiff.checkpoint import load_component, save_component
 from meddiff.models import PatchVolumeAutoencoder
-from meddiff.training.autoencoder import train_autoencoder
+from meddiff.models.autoencoder import ResBlock
+from meddiff.training.autoencoder import equalize_latents, initialise, train_autoencoder
 from meddiff.training.engine import TrainingRun
 from meddiff.training.options import AutoencoderTraining
 
@@ -92,6 +93,60 @@ def test_a_run_that_stops_goes_on_another_time(options, tmp_path):
     assert all(torch.equal(whole[key], again[key]) for key in whole)
     with pytest.raises(ValueError, match="stop must be at least 1"):
         replace(options, stop=0)
+
+
+def test_quantisation_starts_late(options):
+    options = replace(options, quantize_start=3, steps=5)
+    trained = load_component(train_autoencoder(options), "autoencoder")
+    assert ["commitment" in line for line in statistics(options.out)] == [False, False, False, True, True]
+    assert trained.codebook.initialised
+
+
+@pytest.fixture
+def autoencoder(tiny_autoencoder_config) -> PatchVolumeAutoencoder:
+    torch.manual_seed(0)
+    return PatchVolumeAutoencoder(tiny_autoencoder_config)
+
+
+def test_a_new_autoencoder_begins_almost_linear(autoencoder):
+    initialise(autoencoder)
+    for block in autoencoder.modules():
+        if isinstance(block, ResBlock):
+            x = torch.randn(2, block.norm1.num_channels, 4, 4, 4)
+            assert torch.equal(block(x), block.resConv(x))
+    for conv in (autoencoder.encoder.conv_blocks[0].down, autoencoder.decoder.conv_blocks[0].up.conv_trans):
+        inner = conv(torch.randn(4, conv.in_channels, 12, 12, 12))[..., 2:-2, 2:-2, 2:-2]
+        assert inner.var().item() == pytest.approx(1, rel=0.25)
+
+
+def test_equal_distances_of_latents_change_the_reconstruction_equally(autoencoder):
+    channels = autoencoder.config.embedding_dim
+    features = torch.randn(4, channels, 4, 4, 4) * torch.logspace(-2, 1, channels).view(-1, 1, 1, 1) + 3
+
+    def latent_and_volume() -> tuple[torch.Tensor, torch.Tensor]:
+        z = autoencoder.pre_vq_conv(features)
+        return z, autoencoder.decoder(autoencoder.post_vq_conv(z))
+
+    def spread() -> float:
+        """Largest over smallest mean square change of the volume, by directions of the latent."""
+        z, y = (t.detach() for t in latent_and_volume())
+        columns = []
+        for c in range(channels):
+            step = torch.zeros_like(z)
+            step[:, c, 1, 2, 1] = 1e-3
+            columns.append((autoencoder.decoder(autoencoder.post_vq_conv(z + step)).detach() - y).flatten() / 1e-3)
+        changes = torch.stack(columns) @ torch.stack(columns).T
+        values = torch.linalg.eigvalsh(changes)
+        return (values[-1] / values[0]).item()
+
+    _, before = latent_and_volume()
+    uneven = spread()
+    equalize_latents(autoencoder, features)
+    z, after = latent_and_volume()
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(z.mean((0, 2, 3, 4)), torch.zeros(channels), rtol=0, atol=1e-3)
+    assert z.var((0, 2, 3, 4)).mean().item() == pytest.approx(1, rel=0.02)
+    assert spread() < uneven / 5
 
 
 def test_stage_2_trains_decoder_and_post_vq_conv_alone(options, tmp_path):

@@ -1,0 +1,152 @@
+"""Other projects' networks, random weights, plain and accelerated: the published 3D MedDiffusion autoencoder and
+BiFlowNet, MONAI's MAISI decoder without splits, MONAI's and vector-quantize-pytorch's quantisers.
+
+python benchmarks/bench_backend.py --size 128 --tokens 32768
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+
+import published
+import torch
+from common import append_result, measure, print_table
+from torch import Tensor, nn
+
+import meddiff
+from meddiff.config import PRESETS
+
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2}  # norm of the difference over the norm
+_TIES = 1e-4  # share of the tokens whose nearest code rounding may decide
+
+Case = tuple[str, nn.Module, Callable[[nn.Module], Tensor]]
+
+
+def _networks(preset: str, size: int) -> Iterator[Case]:
+    config, generator = PRESETS[preset], torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    autoencoder = published.Autoencoder(config.autoencoder)
+    n = size // config.autoencoder.downsample
+    patch = min(size, config.autoencoder.patch_size)
+    volume = torch.rand(1, 1, size, size, size, generator=generator) * 2 - 1
+    latent = torch.randn(1, config.autoencoder.embedding_dim, n, n, n, generator=generator)
+    indices = torch.randint(config.autoencoder.n_codes, (1, n, n, n), generator=generator)
+    yield f"patch_encode, {size}³", autoencoder, lambda m: m.patch_encode(volume.to(_dtype(m)), False, patch)
+    yield f"decode, {size}³", autoencoder, lambda m: m.decode(indices)
+    yield f"codebook, {n}³ tokens", autoencoder, lambda m: m.codebook(latent.to(_dtype(m)))["encodings"]
+    time, y, n = torch.tensor([500]), torch.tensor([1]), max(n, config.denoiser.sub_volume)
+    x = torch.randn(1, config.denoiser.channels, n, n, n, generator=generator)
+
+    def estimate(m: nn.Module) -> Tensor:
+        return m(x.to(_dtype(m)), time, y=y, res=torch.full((1, 3), n / 64, dtype=_dtype(m)))
+
+    yield f"BiFlowNet, {n}³", published.BiFlowNet(config.denoiser), estimate
+
+
+def _maisi(size: int, budget: int | None) -> Iterator[Case]:
+    """With the published configuration; its factor of downsampling is 4."""
+    try:
+        from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
+    except ImportError:
+        print("monai is not installed: left out (pip install monai)")
+        return
+    torch.manual_seed(0)
+    blocks = {"num_channels": [64, 128, 256], "num_res_blocks": [2, 2, 2], "attention_levels": [False] * 3}
+    model = AutoencoderKlMaisi(3, 1, 1, latent_channels=4, norm_num_groups=32, num_splits=1, **blocks)
+    z = torch.randn(1, 4, *[size // 4] * 3, generator=torch.Generator().manual_seed(0))
+    limit = "" if budget is None else f", {budget / 1e9:g} GB"
+    yield f"MAISI decode, {size}³{limit}", model, lambda m: m.decode(z.to(_dtype(m)))
+
+
+def _quantisers(tokens: int, codes: int, dim: int) -> Iterator[Case]:
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(1, tokens, dim, generator=generator)
+    case = f"{tokens} tokens, {codes} codes of {dim}"
+    try:
+        from monai.networks.layers.vector_quantizer import EMAQuantizer
+    except ImportError:
+        print("monai is not installed: left out (pip install monai)")
+    else:
+        z = rows.mT.reshape(1, dim, 1, 1, tokens)
+        yield f"MONAI EMAQuantizer, {case}", EMAQuantizer(3, codes, dim), lambda m: m(z)[2]
+    try:
+        from vector_quantize_pytorch import VectorQuantize
+    except ImportError:
+        print("vector-quantize-pytorch is not installed: left out (pip install vector-quantize-pytorch)")
+        return
+    for name, cosine in (("Euclidean", False), ("cosine", True)):
+        module = VectorQuantize(dim=dim, codebook_size=codes, use_cosine_sim=cosine)
+        yield f"VectorQuantize, {name}, {case}", module, lambda m: m(rows)[1]
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(module.parameters()).dtype
+
+
+def _same(got: Tensor, wanted: Tensor) -> bool:
+    if not wanted.is_floating_point():
+        return (got != wanted).float().mean().item() < _TIES
+    error = (got.double() - wanted.double()).norm() / wanted.double().norm()
+    return error.item() < _TOLERANCE[got.dtype]
+
+
+def _bench(
+    case: str,
+    module: nn.Module,
+    work: Callable,
+    dtypes: Iterable[torch.dtype],
+    repeats: int,
+    budget: int | None = None,
+) -> list[list[str]]:
+    """Rows of the table: the plain module in float32, then the accelerated one."""
+    device, run = torch.device("cpu"), partial(work, module)
+    meddiff.restore(module.eval().float())
+    wanted, plain = run(), measure(run, device, repeats)
+    rows = [[f"{case}, plain", "float32", *_cells(plain), ""]]
+    meddiff.accelerate(module, budget)
+    for dtype in dtypes:
+        module.to(dtype)
+        figures, same = measure(run, device, repeats), _same(run(), wanted)
+        name = str(dtype).removeprefix("torch.")
+        line = {"benchmark": "backend", "case": case, "dtype": name} | figures
+        ratio = plain["ms_p50"] / figures["ms_p50"]
+        if same:
+            line |= {"x_plain": ratio, "plain_peak_bytes": plain["peak_bytes"]}
+        append_result(line, device)
+        rows.append([case, name, *_cells(figures), f"{ratio:.1f}" if same else "not the same"])
+    return rows
+
+
+def _cells(figures: dict) -> list[str]:
+    peak = figures["peak_bytes"]
+    return [f"{figures['ms_p50']:.1f}", "unknown" if peak is None else f"{peak / 2**20:.0f}"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", choices=tuple(PRESETS), default="8x")
+    parser.add_argument("--size", type=int, default=128, help="voxels along each axis")
+    parser.add_argument("--budget", type=float, help="GB for MAISI's decode, beside the weights")
+    parser.add_argument("--tokens", type=int, default=32768)
+    parser.add_argument("--codes", type=int, default=8192)
+    parser.add_argument("--dim", type=int, default=8, help="channels of a code")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--bfloat16", action="store_true", help="run the accelerated networks in bfloat16 as well")
+    arguments = parser.parse_args()
+    dtypes = [torch.float32, torch.bfloat16] if arguments.bfloat16 else [torch.float32]
+    budget = None if arguments.budget is None else int(1e9 * arguments.budget)
+    rows = []
+    with torch.inference_mode():
+        for case in _networks(arguments.preset, arguments.size):
+            rows += _bench(*case, dtypes, arguments.repeats)
+        for case in _maisi(arguments.size, budget):
+            rows += _bench(*case, dtypes[:1], arguments.repeats, budget)
+        for case in _quantisers(arguments.tokens, arguments.codes, arguments.dim):
+            rows += _bench(*case, dtypes[:1], arguments.repeats)
+    print_table(["case", "dtype", "ms p50", "peak MiB", "× plain"], rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,239 @@
+"""Convolution of a tile and what stands around it: out = conv(pad(silu(x·scale + shift))) + bias + residual.
+
+x is a tile of a volume with its halo, scale and shift are a GroupNorm whose statistics are known, folded to one pair of
+numbers per sample and channel: scale = weight / √(var + eps), shift = bias − mean·scale. Zeros are added AFTER norm and
+SiLU, where the volume ends. The statistics of what is written are those that the next norm needs. On the CPU the
+convolution is oneDNN's, on a scratch tile, and C++ fills that tile and empties it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_FUSED = (torch.float32, torch.bfloat16)  # on the CPU
+
+
+def _statistics(y: Tensor) -> Tensor:
+    """[B, C, D, H, W] → float32 [B, 2, C]: mean and sum of squared deviations."""
+    numbers = y.double().flatten(2)
+    mean = numbers.mean(2) if numbers.shape[2] else numbers.sum(2)
+    return torch.stack([mean, (numbers - mean[:, :, None]).square().sum(2)], dim=1).float()
+
+
+def _skip(weight: Tensor, pads: Sequence[int], upsample: bool) -> list[int]:
+    """Voxels of the doubled x before the first one that is read, along each axis."""
+    return [int(upsample and weight.shape[2] == 3 and not before) for before in pads[::2]]
+
+
+def _zeros(pads: Sequence[int]) -> list[int]:
+    """pads in the order of F.pad."""
+    return [*pads[4:6], *pads[2:4], *pads[0:2]]
+
+
+def norm_silu_conv3d_ref(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    upsample: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    pads: Sequence[int],
+    residual: Tensor | None = None,
+    residual_weight: Tensor | None = None,
+    residual_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """By its definition: out, computed in x's dtype but for the norm, and its statistics."""
+    z = x
+    if scale is not None:
+        z = x.to(torch.promote_types(x.dtype, torch.float32)) * scale[:, :, None, None, None]
+        z = z + shift[:, :, None, None, None]
+    z = (F.silu(z) if silu else z).to(x.dtype)
+    if upsample:
+        for axis, first in enumerate(_skip(weight, pads, upsample), 2):
+            last = int(weight.shape[2] == 3 and not pads[2 * axis - 3])  # the second copy of x's last plane
+            z = z.repeat_interleave(2, axis)
+            z = z.narrow(axis, first, z.shape[axis] - first - last)
+    y = F.conv3d(F.pad(z, _zeros(pads)), weight, bias)
+    if residual is not None:
+        y = y + (residual if residual_weight is None else F.conv3d(residual, residual_weight, residual_bias))
+    return y, _statistics(y)
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A contiguous channels-last copy, or x itself; PyTorch's idea of it leaves the strides of 1-voxel axes open."""
+    return x.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """x, or a copy where the voxels of a row are not one behind the other."""
+    c, w = x.shape[1], x.shape[4]
+    return x if (c == 1 or x.stride(1) == 1) and (w == 1 or x.stride(4) == c) else _dense(x)
+
+
+def scratch_tile(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    """An uninitialised [B, channels, *size] like x, contiguous in channels-last memory."""
+    return x.new_empty((x.shape[0], *size, channels)).permute(0, 4, 1, 2, 3)
+
+
+def _convolve(tile: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.conv3d without the cases where PyTorch unfolds float32 tiles: it takes oneDNN by the number of voxels and
+    threads, and not for a 1³ kernel, which in channels-last memory is a product."""
+    if weight.shape[2] == 1:
+        return F.linear(tile.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
+    if tile.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.mkldnn_convolution(tile, weight, bias, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
+    return F.conv3d(tile, weight, bias)
+
+
+def _run_on_cpu(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    upsample: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    pads: Sequence[int],
+    residual: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    out: Tensor,
+    statistics: Tensor | None,
+) -> None:
+    if out.numel() == 0:
+        if statistics is not None:
+            statistics.zero_()
+        return
+    if x.dtype not in _FUSED:
+        y, found = norm_silu_conv3d_ref(
+            x, scale, shift, silu, upsample, weight, bias, pads, residual, residual_weight, residual_bias
+        )
+        out.copy_(y)
+        if statistics is not None:
+            statistics.copy_(found)
+        return
+    ops, size = torch.ops.meddiff, [n + weight.shape[2] - 1 for n in out.shape[2:]]
+    tile = scratch_tile(x, x.shape[1], size)
+    fold = [None if t is None else t.contiguous() for t in (scale, shift)]
+    ops._conv_input(_rows(x), *fold, silu, upsample, _skip(weight, pads, upsample), pads, tile)
+    y = _dense(_convolve(tile, weight, bias))
+    del tile
+    if residual_weight is not None:
+        tile = scratch_tile(x, residual.shape[1], residual.shape[2:])
+        ops._conv_input(_rows(residual), None, None, False, False, [0] * 3, [0] * 6, tile)
+        residual = _convolve(tile, residual_weight, residual_bias)
+        del tile
+    ops._conv_output(y, None if residual is None else _rows(residual), out, statistics)
+
+
+def _check_tile(name: str, tensors: dict[str, tuple[Tensor | None, tuple[int, ...]]], x: Tensor) -> None:
+    for argument, (tensor, shape) in tensors.items():
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != tuple(shape) or tensor.device != x.device:
+            raise ValueError(
+                f"{name}: {argument} must be {list(shape)} on {x.device}, got {list(tensor.shape)} on {tensor.device}"
+            )
+        wanted = torch.float32 if argument in ("scale", "shift", "statistics") else x.dtype
+        if tensor.dtype != wanted and not (x.dtype == torch.float64 and tensor.dtype == x.dtype):
+            raise TypeError(f"{name}: {argument} must be {wanted}, got {tensor.dtype}")
+
+
+def _check_out(name: str, out: Tensor) -> None:
+    c, w = out.shape[1], out.shape[4]
+    if (c > 1 and out.stride(1) != 1) or (w > 1 and out.stride(4) != c):
+        raise ValueError(f"{name}: out must be channels-last, a view of whole rows or a part of them; copy it first")
+
+
+def norm_silu_conv3d(
+    x: Tensor,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    silu: bool,
+    upsample: bool,
+    weight: Tensor,
+    bias: Tensor | None,
+    pads: Sequence[int],
+    residual: Tensor | None,
+    residual_weight: Tensor | None,
+    residual_bias: Tensor | None,
+    out: Tensor,
+    statistics: Tensor | None = None,
+) -> None:
+    """Write one tile of a convolution, see the module's docstring. No gradient.
+
+    Along each axis let k be 3 or 1, n the tile's output planes, and zeros the two numbers of `pads` for it; then
+    n + k − 1 − zeros planes are read. Without `upsample` these are all of x's. With it, they are planes of x doubled
+    (each plane twice). Such a tile begins at an even output plane 2i and has an even n = 2m: it reads from x's planes
+    i … i + m − 1, both copies, and for k = 3 of plane i − 1 the second copy and of plane i + m the first, where no zero
+    plane stands there instead. x holds exactly those planes.
+
+    x: [B, C, d, h, w], float32 or bfloat16 (float16 on GPUs; float64 is computed by `norm_silu_conv3d_ref`), best a
+        view of channels-last memory; no view of `out`, unless the planes that are read are none of those written.
+    scale, shift: float32 [B, C], both or neither: x·scale + shift is what is activated.
+    silu: whether it is.
+    upsample: nearest doubling of every axis, after the activation.
+    weight: [O, C, 3, 3, 3] or [O, C, 1, 1, 1]; bias: [O] or none; in x's dtype, like everything but the statistics.
+    pads: zero planes before D, after D, before H, after H, before W, after W, each 0 or 1, after the doubling.
+    residual: [B, O, *out's size], added as it is, or [B, R, *out's size] with residual_weight [O, R, 1, 1, 1] and
+        residual_bias [O] or none.
+    out: [B, O, D, H, W], written; a view of channels-last memory.
+    statistics: float32 [B, 2, O], written: mean and sum of squared deviations of the D·H·W numbers of each channel
+        of `out`, as rounded to its dtype; zeros if there are none.
+    Raises TypeError for other dtypes, ValueError for other shapes, devices or memory of `out`.
+    """
+    name = "norm_silu_conv3d"
+    if x.ndim != 5 or weight.ndim != 5 or out.ndim != 5:
+        raise ValueError(
+            f"{name}: x and out must be [B, C, D, H, W] and weight [O, C, k, k, k], got {tuple(x.shape)}, "
+            f"{tuple(out.shape)} and {tuple(weight.shape)}"
+        )
+    b, c, o, k = x.shape[0], x.shape[1], weight.shape[0], weight.shape[2]
+    if k not in (1, 3) or tuple(weight.shape) != (o, c, k, k, k):
+        raise ValueError(f"{name}: weight must be [O, {c}, 3, 3, 3] or [O, {c}, 1, 1, 1], got {list(weight.shape)}")
+    if len(pads) != 6 or any(pad not in (0, 1) for pad in pads):
+        raise ValueError(f"{name}: pads must be 6 numbers, each 0 or 1, got {list(pads)}")
+    if (scale is None) != (shift is None):
+        raise ValueError(f"{name}: scale and shift must both be given or neither, got one")
+    if residual is None and residual_weight is not None:
+        raise ValueError(f"{name}: residual_weight is given, and no residual; give both or neither")
+    if residual_weight is None and residual_bias is not None:
+        raise ValueError(f"{name}: residual_bias is given, and no residual_weight; give both or neither")
+    size = []
+    for n, first, before, after in zip(out.shape[2:], _skip(weight, pads, upsample), pads[::2], pads[1::2]):
+        read = n + k - 1 - before - after
+        if upsample and n % 2:
+            raise ValueError(f"{name}: with upsample, out must have even lengths, got {list(out.shape[2:])}")
+        size.append((first + read + 1) // 2 if upsample else read)
+    extra = out.shape[1] if residual_weight is None or residual is None else residual.shape[1]
+    tensors = {
+        "x": (x, (b, c, *size)),
+        "scale": (scale, (b, c)),
+        "shift": (shift, (b, c)),
+        "bias": (bias, (o,)),
+        "weight": (weight, (o, c, k, k, k)),
+        "out": (out, (b, o, *out.shape[2:])),
+        "residual": (residual, (b, extra, *out.shape[2:])),
+        "residual_weight": (residual_weight, (o, extra, 1, 1, 1)),
+        "residual_bias": (residual_bias, (o,)),
+        "statistics": (statistics, (b, 2, o)),
+    }
+    _check_tile(name, tensors, x)
+    _check_out(name, out)
+    torch.ops.meddiff.norm_silu_conv3d(
+        x, scale, shift, silu, upsample, weight, bias, pads, residual, residual_weight, residual_bias, out, statistics
+    )
+
+
+def _nothing(*_: object) -> None:
+    """All of these operators only write into their arguments."""
+
+
+torch.library.impl("meddiff::norm_silu_conv3d", "CPU", _run_on_cpu)
+for _operator in ("norm_silu_conv3d", "_conv_input", "_conv_output"):
+    torch.library.register_fake(f"meddiff::{_operator}", _nothing)
