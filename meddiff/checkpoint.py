@@ -8,6 +8,13 @@
     denoiser/model.safetensors       state dict of BiFlowNet
 
 A folder may also hold conversion.json, the report of meddiff.conversion.
+
+A ControlNet's folder holds no base, but its name and the SHA-256 of its weights:
+
+    config.json                      {"format": "meddiff-controlnet", "version": 1, "network": ControlNetConfig,
+                                      "task": {"name": ..., ...}, "base": {"source": ..., "sha256": ...},
+                                      "anatomies": {...}: what it was trained on}
+    model.safetensors                state dict of ControlNet
 """
 
 from __future__ import annotations
@@ -32,18 +39,24 @@ from meddiff.config import (
     ANATOMIES,
     Anatomy,
     AutoencoderConfig,
+    ControlNetConfig,
     DenoiserConfig,
     ModelConfig,
     ScheduleConfig,
+    TaskConfig,
     anatomies_from_dict,
     anatomies_to_dict,
+    condition_channels,
+    task_from_dict,
+    task_to_dict,
 )
 from meddiff.files import atomic_write, write_json
-from meddiff.models import BiFlowNet, PatchVolumeAutoencoder
+from meddiff.models import BiFlowNet, ControlNet, PatchVolumeAutoencoder
 
-ComponentConfig = AutoencoderConfig | DenoiserConfig
+ComponentConfig = AutoencoderConfig | DenoiserConfig | ControlNetConfig
 
 FORMAT, VERSION = "meddiff", 1
+CONTROL_FORMAT = "meddiff-controlnet"
 COMPONENTS: dict[str, tuple[type[ComponentConfig], Callable[[Any], nn.Module]]] = {
     "autoencoder": (AutoencoderConfig, PatchVolumeAutoencoder),
     "denoiser": (DenoiserConfig, BiFlowNet),
@@ -53,6 +66,7 @@ _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _EXTRA_FILES = ("conversion.json",)
 _STORED_DTYPES = ("F32", "BF16", "F16")
 _MAX_JSON_BYTES = 1 << 20
+_SHA256 = re.compile("[0-9a-f]{64}")
 _HUB_ID = re.compile(r"(?P<repo>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>[\w./-]+))?")
 
 
@@ -138,7 +152,7 @@ def save_component(folder: str | Path, component: str, module: nn.Module) -> Non
         raise CheckpointError(f"{folder}: will not be replaced, it also holds {abridge(sorted(others))}")
     staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
-        _write_component(staging, module.config, module.state_dict(), f"{folder} ({component})")
+        _write_component(staging, module.config.to_dict(), module.state_dict(), f"{folder} ({component})")
         _move_into_place(staging, folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -155,6 +169,104 @@ def load_component(
     file = folder / _CONFIG
     config = _parse(COMPONENTS[component][0], _read_json(file), file)
     return _load_component(folder, component, config, torch.device(device), dtype)
+
+
+@dataclass
+class LoadedControlNet:
+    """What a ControlNet's folder holds, ready for inference."""
+
+    network: ControlNet
+    task: TaskConfig
+    base: str  # the model that it steers: a folder or a hub repository
+    base_sha256: str  # `weights_sha256` of it
+    anatomies: Mapping[str, Anatomy]
+    path: Path
+
+
+def save_controlnet(
+    folder: str | Path,
+    network: ControlNet,
+    task: TaskConfig,
+    base: str,
+    base_sha256: str,
+    anatomies: Mapping[str, Anatomy],
+) -> None:
+    """Writes a ControlNet's folder, or replaces one, in one step; the base is stored by name and hash.
+
+    Weights keep their dtype. Raises CheckpointError for NaN or inf weights and where `folder` holds other things.
+    """
+    folder = Path(folder).expanduser().resolve()
+    entries = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if entries - {_CONFIG, _WEIGHTS} or (entries and _read_json(folder / _CONFIG).get("format") != CONTROL_FORMAT):
+        raise CheckpointError(f"{folder}: will not be replaced, it is no {CONTROL_FORMAT} folder; choose another one")
+    top = {
+        "format": CONTROL_FORMAT,
+        "version": VERSION,
+        "task": task_to_dict(task),
+        "base": {"source": base, "sha256": base_sha256},
+        "anatomies": anatomies_to_dict(anatomies),
+        "network": network.control_config.to_dict(),
+    }
+    staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
+    try:
+        _write_component(staging, top, network.state_dict(), str(folder))
+        _move_into_place(staging, folder)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def load_controlnet(
+    source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> LoadedControlNet:
+    """The ControlNet in a local folder, else in a Hugging Face repository; whether the base fits is the caller's check.
+
+    In eval mode, without gradients. Raises CheckpointError, naming file and key, for anything missing, malformed,
+    unknown, misshapen or not finite.
+    """
+    folder = locate(source)
+    file = folder / _CONFIG
+    values = _read_json(file)
+    _check_format(values, CONTROL_FORMAT, file, "`meddiff train controlnet` writes such folders")
+    wanted = {"format", "version", "task", "base", "anatomies", "network"}
+    if set(values) != wanted:
+        raise CheckpointError(f"{file}: fields must be {sorted(wanted)}, got {sorted(values)}")
+    base = values["base"]
+    if not (
+        isinstance(base, dict)
+        and base.keys() == {"source", "sha256"}
+        and all(isinstance(value, str) for value in base.values())
+        and _SHA256.fullmatch(base["sha256"])
+    ):
+        raise CheckpointError(f"{file}: base must hold source and sha256, got {base!r:.200}")
+    config = _parse(ControlNetConfig, values["network"], file)
+    try:
+        anatomies, task = anatomies_from_dict(values["anatomies"]), task_from_dict(values["task"])
+        channels = condition_channels(task, config.encoder, config.denoiser)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{file}: {error}") from None
+    if config.channels != channels:
+        raise CheckpointError(
+            f"{file}: the task's condition has {channels} channels, and the network {config.channels}"
+        )
+    network = _load_component(folder, "controlnet", config, torch.device(device), dtype)
+    return LoadedControlNet(network, task, base["source"], base["sha256"], anatomies, folder)
+
+
+def weights_sha256(folder: str | Path) -> str:
+    """SHA-256 (hex) of a model folder's weights as they are stored: the files of all components, in their order.
+
+    Raises CheckpointError where one is missing.
+    """
+    digest = hashlib.sha256()
+    for component in COMPONENTS:
+        file = Path(folder) / component / _WEIGHTS
+        try:
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 24):
+                    digest.update(block)
+        except OSError as error:
+            raise CheckpointError(f"{file}: not readable: {error}; fetch or convert the model again") from None
+    return digest.hexdigest()
 
 
 def fingerprint(*modules: nn.Module) -> str:
@@ -222,7 +334,7 @@ def build_empty(component: str, config: ComponentConfig) -> nn.Module:
     """The component's module on the meta device: names and shapes without memory."""
     try:
         with torch.device("meta"):
-            return COMPONENTS[component][1](config)
+            return (ControlNet if component == "controlnet" else COMPONENTS[component][1])(config)
     except (RuntimeError, OverflowError, TypeError) as error:
         reason = str(error).partition("\n")[0]
         raise CheckpointError(f"{component}: no module can be built from {config}: {reason}") from None
@@ -292,7 +404,7 @@ def write_model_folder(
     staging = folder.with_name(f".{folder.name}.{uuid.uuid4().hex}")
     try:
         for name, (config, state) in models.items():
-            _write_component(staging / name, config, state, f"{folder} ({name})")
+            _write_component(staging / name, config.to_dict(), state, f"{folder} ({name})")
         for file, content in (extras or {}).items():
             write_json(staging / file, content)
         top = {"format": FORMAT, "version": VERSION, "components": list(models), "schedule": schedule.to_dict()}
@@ -304,14 +416,14 @@ def write_model_folder(
         shutil.rmtree(staging, ignore_errors=True)
 
 
-def _write_component(folder: Path, config: ComponentConfig, state: Mapping[str, Tensor], name: str) -> None:
+def _write_component(folder: Path, config: dict[str, Any], state: Mapping[str, Tensor], name: str) -> None:
     for key, tensor in state.items():
         require_finite(name, key, tensor)
     folder.mkdir(parents=True)
     with atomic_write(folder / _WEIGHTS) as temporary:
         tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in state.items()}
         save_file(tensors, temporary, metadata={"format": "pt"})
-    write_json(folder / _CONFIG, config.to_dict())
+    write_json(folder / _CONFIG, config)
 
 
 def _move_into_place(staging: Path, folder: Path) -> None:
@@ -346,7 +458,7 @@ def locate(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", f"*/{_CONFIG}", f"*/{_WEIGHTS}"]
+        patterns = ["*.json", f"*/{_CONFIG}", _WEIGHTS, f"*/{_WEIGHTS}"]
         return Path(snapshot_download(hub_id["repo"], revision=hub_id["revision"], allow_patterns=patterns))
     except Exception as error:  # the hub client's own errors and those of its HTTP library
         raise CheckpointError(
@@ -381,15 +493,7 @@ def _parse(config_class: type[Any], values: Any, file: Path) -> Any:
 def _read_folder_config(folder: Path) -> tuple[ScheduleConfig, Mapping[str, Anatomy]]:
     file = folder / _CONFIG
     values = _read_json(file)
-    if values.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{file}: format must be {FORMAT!r}, got {values.get('format')!r}; `meddiff convert` reads released files"
-        )
-    version = values.get("version")
-    if type(version) is not int or version < 1:
-        raise CheckpointError(f"{file}: version must be a positive integer, got {version!r}")
-    if version > VERSION:
-        raise CheckpointError(f"{file}: version {version} is newer than this meddiff, which knows {VERSION}; upgrade")
+    _check_format(values, FORMAT, file, "`meddiff convert` reads released files")
     unknown = sorted(set(values) - {"format", "version", "components", "schedule", "anatomies"})
     if unknown:
         raise CheckpointError(f"{file}: unknown fields {unknown}")
@@ -403,6 +507,24 @@ def _read_folder_config(folder: Path) -> tuple[ScheduleConfig, Mapping[str, Anat
     return _parse(ScheduleConfig, values.get("schedule"), file), anatomies
 
 
+def _check_format(values: dict[str, Any], wanted: str, file: Path, remedy: str) -> None:
+    if values.get("format") != wanted:
+        raise CheckpointError(f"{file}: format must be {wanted!r}, got {values.get('format')!r}; {remedy}")
+    version = values.get("version")
+    if type(version) is not int or version < 1:
+        raise CheckpointError(f"{file}: version must be a positive integer, got {version!r}")
+    if version > VERSION:
+        raise CheckpointError(f"{file}: version {version} is newer than this meddiff, which knows {VERSION}; upgrade")
+
+
+def _depth(config: ComponentConfig) -> int:
+    if isinstance(config, AutoencoderConfig):
+        return config.levels
+    if isinstance(config, ControlNetConfig):
+        return len(config.widths) + _depth(config.denoiser)
+    return len(config.dim_mults) + config.mid_blocks
+
+
 def _load_component(
     folder: Path, component: str, config: ComponentConfig, device: torch.device, dtype: torch.dtype
 ) -> nn.Module:
@@ -411,7 +533,7 @@ def _load_component(
         with safe_open(file, framework="pt") as stored:
             slices = {key: stored.get_slice(key) for key in stored.keys()}  # noqa: SIM118 (not a dict)
             # Before anything is built: a configuration may ask for a billion blocks.
-            depth = config.levels if component == "autoencoder" else len(config.dim_mults) + config.mid_blocks
+            depth = _depth(config)
             if depth > len(slices):
                 raise CheckpointError(f"{folder / _CONFIG}: describes {depth} blocks; {file} has {len(slices)} tensors")
             module = build_empty(component, config)

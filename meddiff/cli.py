@@ -1,4 +1,5 @@
-"""The command line: `meddiff generate | reconstruct | encode | decode | plan | convert | train … | evaluate | doctor`.
+"""The command line: `meddiff generate | reconstruct | encode | decode | measure | plan | convert | train … | evaluate |
+doctor`.
 
 Exit codes: 0 done, 1 failed (one line on standard error says why), 2 wrong arguments, 130 interrupted.
 """
@@ -49,12 +50,18 @@ def generate(
     list: str | None = None,
     batch: PositiveInt | None = None,
     preview: str | None = None,
+    control: list[str] | str | None = None,
+    condition: list[str] | str | None = None,
+    strength: list[float] | float = 1.0,
+    low: float | None = None,
+    high: float | None = None,
+    consistency: bool = True,
     device: str | None = None,
     decode_device: str | None = None,
     dtype: Dtype | None = None,
     force: bool = False,
 ) -> None:
-    """Generate volumes from noise.
+    """Generate volumes from noise, or one as a condition asks for.
 
     Args:
         out: NIfTI file to write (.nii or .nii.gz); a .json beside it says how the volume came about. Or, with count or
@@ -74,12 +81,19 @@ def generate(
         list: CSV file of volumes, with any of the columns anatomy, size, spacing, seed and file (its name).
         batch: Volumes to denoise side by side; by default as many as fit into the memory of a GPU, one on a CPU.
         preview: PNG of the three middle planes to write, of one volume.
+        control: ControlNet folder, or a list of them in brackets; their base is the model where none is named.
+        condition: For each a mask or a first reconstruction (NIfTI), or what `meddiff measure` wrote. The volume gets
+            its size, spacing and affine.
+        strength: Of each ControlNet, 0 to 1 or beyond.
+        low: Intensity of a reconstruction that maps to -1, as for reconstruct. Goes with high.
+        high: Intensity of a reconstruction that maps to 1.
+        consistency: Whether what was measured is imposed on the volume, where the condition is a measurement.
         device: Such as cuda, cuda:1 or cpu; by default the GPU where there is one, for each process its own.
         decode_device: Device on which one volume is decoded while others are denoised; by default it is one for both.
         dtype: Of the networks; by default bfloat16 where the device has it.
         force: Begin even if a volume takes hours on this CPU.
     """
-    from meddiff.pipelines import generate_volumes, jobs_from_count, jobs_from_list
+    from meddiff.pipelines import generate_controlled, generate_volumes, jobs_from_count, jobs_from_list
     from meddiff.pipelines.generate import launched_process
     from meddiff.pipelines.plan import plan_generation
     from meddiff.report import save_mid_planes
@@ -89,6 +103,9 @@ def generate(
         raise UsageError("give either --count or --list, which has a row for each volume")
     if many and preview:
         raise UsageError("--preview is for one volume")
+    steered = control is not None or condition is not None
+    if steered and (list is not None or count is not None):
+        raise UsageError("--control and --condition are for one volume; leave out --count and --list")
     if not many:
         if count not in (None, 1):
             raise UsageError(f"{out}: with --count {count}, --out is a folder")
@@ -97,9 +114,12 @@ def generate(
         raise UsageError(f"{out}: with --count or --list, --out is a folder")
     _check_target(preview, (".png",))
     voxels, mm = _triple(size, int), _triple(spacing, float)
+    window, given = _window(low, high), _controls(control, condition, strength)
     rank, world, local = launched_process()
     if world > 1 and not many:
         raise UsageError("several processes share the volumes of --count or --list; give one, and a folder")
+    if steered and model is None and untrained is None:
+        model = _base(given)
     loaded = _load(model, untrained, _of_process(device, local, world), dtype)
     if decode_device is not None:
         loaded.decode_on(decode_device)
@@ -138,18 +158,28 @@ def generate(
             )
         return
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # generate says it too
-        target = loaded.target(anatomy, voxels, mm)
-    plan = plan_generation(loaded, target.size, loaded.settings(**options)["steps"], batch=1)
-    print(plan, flush=True)
+    if steered:
+        steering = _steering(loaded, given, window)
+        extents = steering[0][1].shape
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # generate says it too
+            extents = loaded.target(anatomy, voxels, mm).size
+    plan = plan_generation(loaded, extents, loaded.settings(**options)["steps"], batch=1)
+    if not steered:  # what ControlNets and consistency take comes on top
+        print(plan, flush=True)
     plan.require_possible()
     if not force:
         plan.require_patience()
-    if out.endswith(".nii") and not preview:
+    if out.endswith(".nii") and not preview and not steered:
         record = loaded.generate_to(out, anatomy, voxels, spacing=mm, seed=seed, **options)
     else:
-        volume = loaded.generate(anatomy, voxels, spacing=mm, seed=seed, **options)
+        if steered:
+            volume = generate_controlled(
+                loaded, steering, anatomy, voxels, spacing=mm, seed=seed, consistency=consistency, **options
+            )
+        else:
+            volume = loaded.generate(anatomy, voxels, spacing=mm, seed=seed, **options)
         volume.save(out)
         record = volume.record
         if preview:
@@ -158,6 +188,35 @@ def generate(
         peak = "" if stage["peak_bytes"] is None else f", peak {stage['peak_bytes'] / 2**30:.1f} GiB"
         print(f"{stage['name']}: {stage['seconds']:.1f} s{peak}")
     print(f"wrote {out} ({_extent(record['size'], record['spacing_mm'])}, {record['modality']})")
+
+
+def measure(
+    volume: str,
+    out: str,
+    control: str,
+    modality: Modality | None = None,
+    low: float | None = None,
+    high: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Simulate what a ControlNet's task would measure of a volume: k-space lines, or projections.
+
+    Args:
+        out: File to write (.safetensors), for `meddiff generate --condition`.
+        control: ControlNet folder, whose task it is.
+        modality: CT (Hounsfield units) or MR; by default judged from the voxels.
+        low: Intensity that maps to -1; by default -1000 for CT, the 0.5th percentile for MR. Goes with high.
+        high: Intensity that maps to 1; by default 1000 for CT, the 99.5th percentile for MR.
+        seed: Of the lines that are measured.
+    """
+    from meddiff.checkpoint import load_controlnet
+    from meddiff.pipelines import Condition
+    from meddiff.volume import Volume
+
+    _check_target(out, (".safetensors",))
+    task = load_controlnet(control).task
+    Condition.simulate(Volume.load(volume, modality, _window(low, high)), task, seed).save(out, task)
+    print(f"wrote {out}")
 
 
 def reconstruct(
@@ -336,8 +395,8 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, str], str]] = {
         "  meddiff generate --out chest.nii.gz --model DIR --anatomy ct_chest_abdomen --size 512 --seed 1\n"
         "  meddiff generate --out noise.nii.gz --untrained tiny --size 64 --steps 5 --preview noise.png\n"
         "  meddiff generate --out chests --model DIR --anatomy ct_chest_abdomen --count 100 --seed 1\n"
-        "  torchrun --nproc-per-node 4 -m meddiff.cli generate --out mixed --model DIR --list volumes.csv\n\n"
-        + _anatomies(),
+        "  torchrun --nproc-per-node 4 -m meddiff.cli generate --out mixed --model DIR --list volumes.csv\n"
+        "  meddiff generate --out brain.nii.gz --control DIR --condition mask.nii.gz\n\n" + _anatomies(),
     ),
     "reconstruct": (
         reconstruct,
@@ -355,6 +414,11 @@ _COMMANDS: dict[str, tuple[Callable[..., None], dict[str, str], str]] = {
         decode,
         {"latent": "File that `meddiff encode` wrote."},
         "example:\n  meddiff decode brain.safetensors --out brain.nii.gz --model DIR",
+    ),
+    "measure": (
+        measure,
+        {"volume": "NIfTI file to read."},
+        "example:\n  meddiff measure brain.nii.gz --out measured.safetensors --control DIR --low 0 --high 1000",
     ),
     "plan": (
         plan,
@@ -401,8 +465,10 @@ _TRAININGS = {
     "autoencoder": ("AutoencoderTraining", "autoencoder", "train_autoencoder"),
     "latents": ("LatentOptions", "latents", "encode_latents"),
     "denoiser": ("DenoiserTraining", "denoiser", "train_denoiser"),
+    "controlnet": ("ControlNetTraining", "controlnet", "train_controlnet"),
 }
 _EVALUATION = ("EvaluationOptions", "evaluation", "evaluate")
+_TASK_EVALUATION = ("EvaluationOptions", "task_evaluation", "evaluate_task")
 
 
 def _add_training(commands) -> None:
@@ -445,7 +511,7 @@ def main(arguments: list[str] | None = None) -> int:
                 if command == "train":
                     _train(_TRAININGS[chosen.training], chosen[chosen.training])
                 else:
-                    _train(_EVALUATION, chosen)
+                    _train(_EVALUATION if chosen.task is None else _TASK_EVALUATION, chosen)
             else:
                 options = dict(parsed[command])
                 options.pop("config", None)
@@ -492,6 +558,36 @@ def _load(model: str | None, untrained: str | None, device: str | None, dtype: s
         return MedDiffusion.from_pretrained(model or "demo", device, precision)
     warnings.warn(f"--untrained {untrained}: random weights, so the result is noise", stacklevel=2)
     return MedDiffusion.untrained(untrained, device=device, dtype=precision)
+
+
+def _controls(control, condition, strength) -> list[tuple[str, str, float]]:
+    """Folder, condition and strength of each ControlNet."""
+    controls, conditions = ([v] if isinstance(v, str) else list(v or ()) for v in (control, condition))
+    if len(controls) != len(conditions):
+        raise UsageError(
+            f"every --control needs its --condition: there are {len(controls)} and {len(conditions)}; "
+            "several are lists, --control '[A, B]' --condition '[a.nii.gz, b.nii.gz]'"
+        )
+    strengths = strength if isinstance(strength, list) else [strength] * len(controls)
+    if len(strengths) != len(controls):
+        raise UsageError(f"give one --strength, or one for each of {len(controls)} ControlNets, got {strength}")
+    return list(zip(controls, conditions, strengths))
+
+
+def _base(given: Sequence[tuple[str, str, float]]) -> str:
+    """The model that the first ControlNet steers."""
+    from meddiff.checkpoint import load_controlnet
+
+    return load_controlnet(given[0][0]).base
+
+
+def _steering(model: MedDiffusion, given: Sequence[tuple[str, str, float]], window: tuple[float, float] | None):
+    """What `generate_controlled` takes."""
+    from meddiff.pipelines import Condition, TrainedControl
+
+    controls = [TrainedControl.from_pretrained(folder, model) for folder, _, _ in given]
+    conditions = [Condition.load(file, control.task, window) for control, (_, file, _) in zip(controls, given)]
+    return list(zip(controls, conditions, (strength for _, _, strength in given)))
 
 
 def _check_target(path: str | None, suffixes: tuple[str, ...]) -> None:

@@ -136,6 +136,153 @@ class DenoiserConfig(_JsonConfig):
 
 
 @dataclass(frozen=True)
+class ControlNetConfig(_JsonConfig):
+    """A trainable copy of a BiFlowNet's encoder half (Zhang et al. 2023, "Adding Conditional Control").
+
+    Descriptions of it differ in which blocks are copied, and in where the condition enters; both are chosen here.
+    """
+
+    denoiser: DenoiserConfig = field(default_factory=DenoiserConfig)  # of the base
+    encoder: str = "latent"  # of the condition: "latent" (a latent of the autoencoder's), or "convolutional" (voxels)
+    channels: int = 8  # of the condition: of the latent, or at voxel size
+    widths: tuple[int, ...] = (16, 32, 64)  # of the convolutional encoder, each with half the size of the one before
+    copied: tuple[str, ...] = ("intra_patch", "down_path", "middle")
+    enters: tuple[str, ...] = ("init_conv", "tokens")  # added to the outputs of these, or to the noisy "latent"
+
+    def __post_init__(self) -> None:
+        _require_positive_integers(self, "channels")
+        _require(
+            self.encoder in ("latent", "convolutional"),
+            f"ControlNetConfig: encoder must be 'latent' or 'convolutional', got {self.encoder!r}",
+        )
+        _require(
+            len(self.widths) > 0 and all(type(w) is int and w > 0 for w in self.widths),
+            f"ControlNetConfig: widths must be positive integers, got {self.widths!r}",
+        )
+        for name, known in (
+            ("copied", ("intra_patch", "down_path", "middle")),
+            ("enters", ("latent", "init_conv", "tokens")),
+        ):
+            chosen = getattr(self, name)
+            _require(
+                isinstance(chosen, tuple) and len(chosen) == len(set(chosen)) > 0 and set(chosen) <= set(known),
+                f"ControlNetConfig: {name} must be one or more of {known}, got {chosen!r}",
+            )
+        for place, part in (("init_conv", "down_path"), ("tokens", "intra_patch")):
+            _require(
+                place not in self.enters or part in self.copied,
+                f"ControlNetConfig: the condition enters at {place!r}, so {part!r} must be copied, got {self.copied!r}",
+            )
+        _require(
+            self.copied != ("middle",), "ControlNetConfig: the middle needs 'intra_patch' or 'down_path' before it"
+        )
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ControlNetConfig:
+        if isinstance(values, dict) and "denoiser" in values:
+            values = values | {"denoiser": DenoiserConfig.from_dict(values["denoiser"])}
+        return super().from_dict(values)
+
+    @property
+    def downsample(self) -> int:
+        """Voxels per latent element along each axis that a convolutional encoder makes."""
+        return 2 ** len(self.widths)
+
+
+@dataclass(frozen=True)
+class MasksConfig(_JsonConfig):
+    """Segmentation mask → image.
+
+    Args:
+        tissues: Names of the labels 0, 1, 2, … of a mask.
+        means: Their mean intensities in the training images, in [-1, 1]; training finds them.
+    """
+
+    tissues: tuple[str, ...] = ("background", "csf", "grey_matter", "white_matter")
+    means: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        _require(
+            2 <= len(self.tissues) == len(set(self.tissues)) <= 256 and all(type(t) is str for t in self.tissues),
+            f"MasksConfig: tissues must be 2 to 256 different names, got {self.tissues!r}",
+        )
+        _require(
+            not self.means
+            or (
+                len(self.means) == len(self.tissues)
+                and all(type(m) in (int, float) and math.isfinite(m) for m in self.means)
+            ),
+            f"MasksConfig: means must be none, or one number for each of {self.tissues!r}, got {self.means!r}",
+        )
+
+
+@dataclass(frozen=True)
+class SparseViewCTConfig(_JsonConfig):
+    """Few projections of each axial slice → image.
+
+    Args:
+        views: Parallel projections of a slice, evenly over 180°.
+    """
+
+    views: int = 32
+
+    def __post_init__(self) -> None:
+        _require_positive_integers(self, "views")
+
+
+@dataclass(frozen=True)
+class FastMRIConfig(_JsonConfig):
+    """Few k-space lines of each axial slice → image.
+
+    Args:
+        acceleration: Lines of a full measurement for each one measured.
+        centre_fraction: Share of all lines that is measured around the centre of k-space.
+    """
+
+    acceleration: int = 4
+    centre_fraction: float = 0.08
+
+    def __post_init__(self) -> None:
+        _require_positive_integers(self, "acceleration")
+        _require(
+            type(self.centre_fraction) in (int, float) and 0 < self.centre_fraction <= 1 / self.acceleration,
+            f"FastMRIConfig: centre_fraction must lie in (0, 1 / acceleration = {1 / self.acceleration:g}], "
+            f"got {self.centre_fraction!r}",
+        )
+
+
+TaskConfig = MasksConfig | SparseViewCTConfig | FastMRIConfig
+TASKS: dict[str, type[TaskConfig]] = {
+    "masks": MasksConfig,
+    "sparse_view_ct": SparseViewCTConfig,
+    "fast_mri": FastMRIConfig,
+}
+
+
+def task_to_dict(task: TaskConfig) -> dict[str, Any]:
+    """A task as plain JSON types, with its name."""
+    return {"name": next(name for name, kind in TASKS.items() if kind is type(task)), **task.to_dict()}
+
+
+def task_from_dict(values: Any) -> TaskConfig:
+    """The inverse of `task_to_dict`; whatever is wrong is a ValueError that names it."""
+    name = values.get("name") if isinstance(values, dict) else None
+    _require(isinstance(name, str) and name in TASKS, f"task: name must be one of {list(TASKS)}, got {name!r}")
+    return TASKS[name].from_dict({key: value for key, value in values.items() if key != "name"})
+
+
+def condition_channels(task: TaskConfig, encoder: str, denoiser: DenoiserConfig) -> int:
+    """Channels of a task's condition: of the latent of an image, or of the voxels of masks and images.
+
+    Raises ValueError for masks as latents.
+    """
+    if isinstance(task, MasksConfig):
+        _require(encoder == "convolutional", f"masks: the condition needs encoder 'convolutional', got {encoder!r}")
+        return len(task.tissues)
+    return denoiser.channels if encoder == "latent" else 1
+
+
+@dataclass(frozen=True)
 class ScheduleConfig(_JsonConfig):
     """Cosine noise schedule (Nichol & Dhariwal 2021, equation 17)."""
 

@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -185,6 +185,28 @@ class Volume:
         except VolumeError as error:
             raise VolumeError(f"Volume.load: {path}: {error}") from error.__cause__
 
+    @classmethod
+    def load_labels(cls, path: str | Path, max_bytes: int = 8 * 2**30) -> Volume:
+        """Read a segmentation mask as `load` does; its voxels are whole numbers from 0 to 255.
+
+        Raises VolumeError where they are not, and as `load`.
+        """
+        volume = cls.load(path, "MR", (0, 255), max_bytes)
+        low, high = volume.data.min(), volume.data.max()
+        if low < 0 or high > 255 or not np.array_equal(volume.data, np.rint(volume.data)):
+            raise VolumeError(
+                f"Volume.load_labels: {path}: a mask holds whole numbers from 0 to 255, got {low:g} to {high:g}, not "
+                "all of them whole; give labels, not an image or probabilities"
+            )
+        return volume
+
+    @classmethod
+    def of_labels(cls, labels: np.ndarray, affine: np.ndarray) -> Volume:
+        """A segmentation mask, integers [X, Y, Z] from 0 to 255, which `save` stores as uint8."""
+        source = Source.generated("MR")
+        source.header.set_data_dtype(np.uint8)
+        return cls(labels.astype(np.float32), affine, IntensityScale(0, 255), source)
+
     def save(self, path: str | Path) -> None:
         """Write NIfTI atomically; the suffix `.nii` or `.nii.gz` decides on compression.
 
@@ -245,6 +267,29 @@ class Volume:
         if tuple(tensor.shape) != wanted:
             raise VolumeError(f"Volume.with_tensor: tensor must be {wanted} like the volume, got {tuple(tensor.shape)}")
         return Volume.from_tensor(tensor, intensity=self.intensity, affine=self.affine, source=self.source)
+
+
+def require_same_grid(
+    name: str, grid: tuple[Sequence[int], np.ndarray], other: str, other_grid: tuple[Sequence[int], np.ndarray]
+) -> None:
+    """Raises VolumeError, saying what differs, unless two grids (shape along X, Y, Z; RAS+ affine) are one.
+
+    Corners that lie apart by less than a twentieth of a voxel are taken for the same.
+    """
+    (shape, affine), (other_shape, other_affine) = grid, other_grid
+    affine, other_affine = np.asarray(affine, np.float64), np.asarray(other_affine, np.float64)
+    corners = np.array(list(itertools.product(*((0, n - 1) for n in shape))))
+    apart = nib.affines.apply_affine(affine, corners) - nib.affines.apply_affine(other_affine, corners)
+    mm, other_mm = (tuple(nib.affines.voxel_sizes(a).round(4).tolist()) for a in (affine, other_affine))
+    if tuple(shape) != tuple(other_shape):
+        what = f"its shape is {tuple(shape)}, and that of {other} {tuple(other_shape)}"
+    elif np.abs(apart).max() <= 0.05 * min(mm):
+        return
+    elif not np.allclose(mm, other_mm, rtol=1e-3):
+        what = f"its spacing is {mm}, and that of {other} {other_mm} mm"
+    else:
+        what = f"its affine puts voxels up to {np.abs(apart).max():.3g} mm from those of {other}"
+    raise VolumeError(f"{name}: is not aligned with {other}: {what}; resample it onto that grid")
 
 
 @contextmanager

@@ -12,9 +12,25 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from meddiff import checkpoint
-from meddiff.checkpoint import CheckpointError, fingerprint, load_model, save_model
-from meddiff.config import PRESETS, ScheduleConfig
-from meddiff.models import BiFlowNet, PatchVolumeAutoencoder
+from meddiff.checkpoint import (
+    CheckpointError,
+    fingerprint,
+    load_controlnet,
+    load_model,
+    save_controlnet,
+    save_model,
+    weights_sha256,
+)
+from meddiff.config import (
+    ANATOMIES,
+    PRESETS,
+    ControlNetConfig,
+    FastMRIConfig,
+    MasksConfig,
+    ScheduleConfig,
+    SparseViewCTConfig,
+)
+from meddiff.models import BiFlowNet, ControlNet, PatchVolumeAutoencoder
 
 TINY = PRESETS["tiny"]
 MANIFEST = json.loads((Path(__file__).parent / "data" / "state_dict_manifest.json").read_text())
@@ -339,3 +355,142 @@ def test_shapes_imply_every_field_that_leaves_a_trace():
     config = type(TINY.autoencoder)(24, 8, 4, 32, downsample=2, patch_size=32, image_channels=2)
     shapes = {key: tensor.shape for key, tensor in checkpoint.build_empty("autoencoder", config).state_dict().items()}
     assert checkpoint.infer_autoencoder_config(shapes, num_groups=8, patch_size=32) == config
+
+
+@pytest.fixture(scope="module")
+def controlnet(models):
+    return ControlNet.from_denoiser(models[1], ControlNetConfig(denoiser=TINY.denoiser))
+
+
+T1 = {"mr_t1_brain": ANATOMIES["mr_t1_brain"]}
+
+
+@pytest.fixture(scope="module")
+def pristine_controlnet(controlnet, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("controls") / "control"
+    save_controlnet(folder, controlnet, FastMRIConfig(acceleration=8), "some/base", "0" * 64, T1)
+    return folder
+
+
+@pytest.fixture
+def control_folder(pristine_controlnet, tmp_path):
+    return shutil.copytree(pristine_controlnet, tmp_path / "control")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_controlnet_comes_back_with_its_task_and_its_base(controlnet, pristine_controlnet, dtype):
+    loaded = load_controlnet(pristine_controlnet, dtype=dtype)
+    assert (loaded.task, loaded.base, loaded.base_sha256) == (FastMRIConfig(acceleration=8), "some/base", "0" * 64)
+    assert loaded.anatomies == T1 and loaded.network.control_config == controlnet.control_config
+    wanted = controlnet.state_dict()
+    for key, tensor in loaded.network.state_dict(keep_vars=True).items():
+        assert not tensor.requires_grad and torch.equal(tensor, wanted[key].to(dtype)), key
+        assert tensor.ndim != 5 or tensor.is_contiguous(memory_format=torch.channels_last_3d), key
+    size = sum(path.stat().st_size for path in pristine_controlnet.iterdir())
+    assert size < 1.05 * sum(4 * tensor.numel() for tensor in wanted.values()), "something of the base was stored"
+
+
+@pytest.mark.parametrize(
+    "task, changes",
+    [
+        (MasksConfig(means=(-1, -0.5, 0, 0.5)), {"encoder": "convolutional", "channels": 4, "widths": (2, 3)}),
+        (SparseViewCTConfig(views=9), {"encoder": "convolutional", "channels": 1, "copied": ("down_path",)}),
+    ],
+)
+def test_other_tasks_and_other_copies(models, tmp_path, task, changes):
+    if "copied" in changes:
+        changes = changes | {"enters": ("latent",)}
+    config = ControlNetConfig(denoiser=TINY.denoiser, **changes)
+    network = ControlNet.from_denoiser(models[1], config)
+    save_controlnet(tmp_path / "control", network, task, "base", "f" * 64, T1)
+    loaded = load_controlnet(tmp_path / "control")
+    assert loaded.task == task and loaded.network.control_config == config
+    assert fingerprint(loaded.network) == fingerprint(network)
+
+
+def _network(**changes):
+    def damage(folder: Path) -> None:
+        network = json.loads((folder / "config.json").read_text())["network"]
+        _json("config.json", network=network | changes)(folder)
+
+    return damage
+
+
+def _of_controlnet(damage):
+    """Damage to the denoiser's file, done to the ControlNet's."""
+
+    def moved(folder: Path) -> None:
+        (folder / "denoiser").mkdir()
+        (folder / "model.safetensors").rename(folder / "denoiser" / "model.safetensors")
+        damage(folder)
+        (folder / "denoiser" / "model.safetensors").rename(folder / "model.safetensors")
+        (folder / "denoiser").rmdir()
+
+    return moved
+
+
+CONTROL_DAMAGE = {
+    "no config": (lambda f: (f / "config.json").unlink(), "control/config.json: missing"),
+    "no weights": (lambda f: (f / "model.safetensors").unlink(), "control/model.safetensors: missing"),
+    "a model": (_json("config.json", format="meddiff"), "format must be 'meddiff-controlnet', got 'meddiff'"),
+    "newer version": (_json("config.json", version=2), "version 2 is newer"),
+    "unknown field": (_json("config.json", evil=1), "fields must be .*got .*evil"),
+    "no base": (_json("config.json", base="somewhere"), "base must hold source and sha256"),
+    "no hash": (_json("config.json", base={"source": "a", "sha256": "b"}), "base must hold source and sha256"),
+    "unknown task": (_json("config.json", task={"name": "magic"}), "name must be one of .*got 'magic'"),
+    "task is a list": (_json("config.json", task=[]), "name must be one of"),
+    "bad task": (_json("config.json", task={"name": "fast_mri", "acceleration": -1}), "acceleration must be a pos"),
+    "foreign task": (_json("config.json", task={"name": "masks"}), "the condition needs encoder 'convolutional'"),
+    "bad anatomies": (_json("config.json", anatomies={"hand": []}), "unknown names .'hand'"),
+    "network is a number": (_json("config.json", network=3), "ControlNetConfig: expected a JSON object"),
+    "denoiser is a list": (_network(denoiser=[1]), "DenoiserConfig: expected a JSON object"),
+    "unknown block": (_network(copied=["up_path"]), "copied must be one or more of"),
+    "copied is nested": (_network(copied=[["down_path"]]), "config.json"),
+    "enters nowhere": (_network(copied=["intra_patch"]), "'down_path' must be copied"),
+    "other channels": (_network(channels=4), "the task's condition has 8 channels, and the network 4"),
+    "a billion blocks": (_network(denoiser={"mid_blocks": 10**9, "dim": 24}), "describes 1000000008 blocks"),
+    "too wide": (_network(denoiser={"dim": 24 * 10**15, "dim_mults": [1, 1, 2, 4]}), "no module can be built"),
+    "wider": (_network(denoiser={"dim": 48, "dim_mults": [1, 1, 2, 4]}), "wrong shapes"),
+    "data cut": (_of_controlnet(_bytes(lambda b: b[:-4])), "not a whole safetensors file"),
+    "huge header": (_of_controlnet(_bytes(lambda b: (2**60).to_bytes(8, "little") + b[8:])), "not a whole"),
+    "missing key": (_of_controlnet(_tensor("exits.middle.bias", lambda _: None)), "missing keys: 'exits.middle.bias'"),
+    "unknown key": (_of_controlnet(_tensor("evil", lambda _: torch.ones(2))), "1 unknown keys: 'evil'"),
+    "NaN": (_of_controlnet(_tensor("init_conv.weight", _poison(torch.nan))), "'init_conv.weight' holds NaN"),
+}
+
+
+@pytest.mark.parametrize("name", CONTROL_DAMAGE)
+def test_bad_controlnets_are_refused_by_name(control_folder, name):
+    damage, message = CONTROL_DAMAGE[name]
+    damage(control_folder)
+    with pytest.raises(CheckpointError, match=f"(?s).*({message})"):
+        load_controlnet(control_folder)
+
+
+def test_controlnets_replace_only_their_kind(controlnet, control_folder, folder):
+    def save(target):
+        save_controlnet(target, controlnet, FastMRIConfig(), "base", "0" * 64, T1)
+
+    save(control_folder)
+    assert load_controlnet(control_folder).task == FastMRIConfig()
+    assert [path.name for path in control_folder.parent.iterdir() if path.name.startswith(".")] == []
+    before = contents(folder)
+    for target in (folder, folder / "denoiser"):
+        with pytest.raises(CheckpointError, match="will not be replaced"):
+            save(target)
+    assert contents(folder) == before
+
+
+def test_the_hash_of_a_models_files_sees_every_component(models, folder):
+    first = weights_sha256(folder)
+    assert len(first) == 64 and weights_sha256(folder) == first
+    seen = {first}
+    for component in ("autoencoder", "denoiser"):
+        state = load_file(folder / component / "model.safetensors")
+        next(iter(state.values())).view(-1)[0] += 1
+        save_file(state, folder / component / "model.safetensors")
+        seen.add(weights_sha256(folder))
+    assert len(seen) == 3
+    (folder / "denoiser" / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="denoiser/model.safetensors: not readable"):
+        weights_sha256(folder)

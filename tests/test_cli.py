@@ -16,7 +16,7 @@ import pytest
 import meddiff
 from meddiff.cli import main
 
-COMMANDS = ("generate", "reconstruct", "encode", "decode", "plan", "convert", "evaluate", "doctor")
+COMMANDS = ("generate", "reconstruct", "encode", "decode", "measure", "plan", "convert", "evaluate", "doctor")
 
 
 def meddiff_command(*arguments: str, **options) -> subprocess.CompletedProcess:

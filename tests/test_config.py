@@ -4,7 +4,21 @@ import json
 
 import pytest
 
-from meddiff.config import ANATOMIES, PRESETS, AutoencoderConfig, DenoiserConfig, ModelConfig, ScheduleConfig
+from meddiff.config import (
+    ANATOMIES,
+    PRESETS,
+    AutoencoderConfig,
+    ControlNetConfig,
+    DenoiserConfig,
+    FastMRIConfig,
+    MasksConfig,
+    ModelConfig,
+    ScheduleConfig,
+    SparseViewCTConfig,
+    condition_channels,
+    task_from_dict,
+    task_to_dict,
+)
 
 
 @pytest.mark.parametrize("preset", sorted(PRESETS))
@@ -34,6 +48,16 @@ def test_widths():
         (lambda: DenoiserConfig(dim_mults=(1, 1, 2, 4, 8, 16)), "total stride"),
         (lambda: DenoiserConfig(token_patch=3), "multiple of token_patch"),
         (lambda: DenoiserConfig(attention_levels=6), "exceeds"),
+        (lambda: ControlNetConfig(encoder="both"), "'latent' or 'convolutional'"),
+        (lambda: ControlNetConfig(channels=0), "channels must be a positive integer"),
+        (lambda: ControlNetConfig(widths=()), "widths must be positive integers"),
+        (lambda: ControlNetConfig(copied=()), "copied must be one or more of"),
+        (lambda: ControlNetConfig(enters=("tokens", "tokens")), "enters must be one or more of"),
+        (lambda: ControlNetConfig(copied=("down_path",)), "'intra_patch' must be copied"),
+        (lambda: ControlNetConfig(copied=("middle",), enters=("latent",)), "the middle needs"),
+        (lambda: SparseViewCTConfig(0), "views must be a positive integer"),
+        (lambda: condition_channels(MasksConfig(), "latent", DenoiserConfig()), "needs encoder 'convolutional'"),
+        (lambda: task_from_dict({"name": "magic"}), "name must be one of"),
         (lambda: ScheduleConfig(s=0), r"\(0, 1\)"),
         (lambda: ModelConfig(denoiser=DenoiserConfig(channels=4)), "must be equal"),
     ],
@@ -52,3 +76,13 @@ def test_released_anatomies():
     # tensor D, H, W of 8, 40, 40 are file axes X, Y, Z of 40, 40, 8
     assert ANATOMIES["mr_knee"].sizes() == ((320, 320, 64),)
     assert ANATOMIES["mr_abdomen"].sizes() == ((256, 256, 128),)
+
+
+@pytest.mark.parametrize("task", [MasksConfig(means=(0.0, 0.1, 0.2, 0.3)), SparseViewCTConfig(9), FastMRIConfig(8)])
+def test_tasks_and_what_they_steer_with_survive_json(task):
+    assert task_from_dict(json.loads(json.dumps(task_to_dict(task)))) == task
+    encoder = "convolutional" if isinstance(task, MasksConfig) else "latent"
+    channels = condition_channels(task, encoder, DenoiserConfig())
+    config = ControlNetConfig(DenoiserConfig(dim=48), encoder, channels, (4, 8), ("down_path",), ("latent",))
+    assert ControlNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config and config.downsample == 4
+    assert channels == (4 if isinstance(task, MasksConfig) else 8)

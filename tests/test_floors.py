@@ -13,7 +13,7 @@ FLOORS = [
     {"kernels"},
     {"decode"},
     {"models", "ops"},
-    {"checkpoint", "sampling", "volume"},
+    {"checkpoint", "sampling", "tasks", "volume"},
     {"acceleration", "conversion", "doctor", "pipelines", "report"},
     {"training"},
     {"cli"},

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from nibabel import orientations
 from nibabel.testing import data_path
 
-from meddiff.volume import IntensityScale, Source, Volume, VolumeError, stream_volume
+from meddiff.volume import IntensityScale, Source, Volume, VolumeError, require_same_grid, stream_volume
 
 SHAPE = (2, 3, 4)
 AFFINE = nib.affines.from_matvec(np.diag([1.5, 2.0, 2.5]), [-30.25, 12.5, 7.0])
@@ -395,6 +395,42 @@ def test_round_trip_property(turn, dtype, shape, angles, suffix, version):
         volume = roundtrip(path)
         volume.with_tensor(volume.to_tensor()).save(path)
         np.testing.assert_allclose(stored(path), ramp(shape, dtype), atol=0 if np.dtype(dtype).kind in "iu" else 1e-4)
+
+
+def test_grids_that_are_not_one_are_told_apart_by_what_differs():
+    affine = np.diag([1.0, 2.0, 3.0, 1.0])
+    grid = ((10, 20, 30), affine)
+
+    def against(shape=(10, 20, 30), **changes):
+        other = affine.copy()
+        for place, value in changes.items():
+            other[int(place[1]), int(place[2])] = value
+        require_same_grid("mask.nii", grid, "its image", (shape, other))
+
+    against()
+    against(_03=0.04)
+    against(_00=1.004)
+    for change, message in [
+        ({"shape": (10, 20, 31)}, r"its shape is \(10, 20, 30\), and that of its image \(10, 20, 31\)"),
+        ({"_11": 2.1}, r"its spacing is \(1.0, 2.0, 3.0\), and that of its image \(1.0, 2.1, 3.0\) mm"),
+        ({"_23": 1.5}, "its affine puts voxels up to 1.5 mm from those of its image"),
+        ({"_01": 0.01}, "its affine puts voxels up to 0.19 mm from those of its image"),
+    ]:
+        with pytest.raises(VolumeError, match=f"mask.nii: is not aligned with its image: {message}; resample it"):
+            against(**change)
+
+
+def test_masks_are_whole_numbers(tmp_path):
+    labels = np.arange(24, dtype=np.uint8).reshape(2, 3, 4)
+    Volume.of_labels(labels, np.diag([1.0, 1, 2, 1])).save(tmp_path / "mask.nii.gz")
+    again = Volume.load_labels(tmp_path / "mask.nii.gz")
+    assert np.array_equal(again.data, labels) and again.source.header.get_data_dtype() == np.uint8
+    nib.save(nib.Nifti1Image(np.zeros((2, 3, 4), np.int16), np.eye(4)), tmp_path / "empty.nii")
+    assert Volume.load_labels(tmp_path / "empty.nii").data.max() == 0
+    for bad in (labels + np.float32(0.5), -labels.astype(np.float32), 100 * labels.astype(np.float32)):
+        nib.save(nib.Nifti1Image(bad, np.eye(4)), tmp_path / "bad.nii")
+        with pytest.raises(VolumeError, match="bad.nii: a mask holds whole numbers"):
+            Volume.load_labels(tmp_path / "bad.nii")
 
 
 def _slabs(tensor, planes):

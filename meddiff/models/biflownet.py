@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from einops import rearrange
@@ -106,7 +107,80 @@ class ResidualAttention(nn.Module):
         return x + self.fn(x)
 
 
-class BiFlowNet(nn.Module):
+class Residuals(NamedTuple):
+    """What a control adds to a BiFlowNet; empty or None where it adds nothing."""
+
+    features: tuple[Tensor, ...] = ()  # [B, dim, D, H, W] each: to those of the intra-patch input blocks
+    tokens: Tensor | None = None  # [B, d, h, w, dim]: to what leaves the intra-patch middle
+    skips: tuple[Tensor, ...] = ()  # to those of the down path, in its order
+    middle: Tensor | None = None  # to what leaves the U-Net's middle
+
+
+# (noisy latent in the network's dtype, condition [B, 8·dim]) → Residuals; `meddiff.models.Control` is one
+ControlFunction = Callable[[Tensor, Tensor], Residuals]
+
+
+class EncoderHalf(nn.Module):
+    """The way through the layers before the output blocks and the up path: what a ControlNet copies.
+
+    Subclasses make the layers.
+    """
+
+    config: DenoiserConfig
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.pos_embed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.pos_embed.device
+
+    def _embed(self, x: Tensor) -> Tensor:
+        """Latent [B, 8, D, H, W] → tokens [B, d, h, w, dim] with their places."""
+        window = self.config.sub_volume // self.config.token_patch
+        tokens = self.x_embedder["proj"](x).permute(0, 2, 3, 4, 1)
+        places = self.pos_embed.view(window, window, window, -1)
+        return tokens + places.repeat(*(size // window for size in tokens.shape[1:4]), 1)
+
+    def _to_volume(self, rows: Tensor) -> Tensor:
+        """The rows of a final layer → [B, dim, D, H, W]."""
+        p = self.config.token_patch
+        volume = rearrange(rows, "b d h w (pd ph pw c) -> b (d pd) (h ph) (w pw) c", pd=p, ph=p, pw=p)
+        return volume.permute(0, 4, 1, 2, 3)
+
+    def _intra_patch_input(self, tokens: Tensor, condition: Tensor) -> tuple[list[Tensor], list[Tensor]]:
+        """Tokens and features after each of the intra-patch input blocks."""
+        skips, features = [], []
+        for block, final in self.IntraPatchFlow_input:
+            tokens = block(tokens, condition)
+            skips.append(tokens)
+            features.append(self._to_volume(final(tokens, condition)))
+        return skips, features
+
+    def _intra_patch_middle(self, tokens: Tensor, condition: Tensor) -> Tensor:
+        for block in self.IntraPatchFlow_mid:
+            tokens = block(tokens, condition)
+        return tokens
+
+    def _down_path(self, x: Tensor, condition: Tensor, features: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """What leaves the last level, and the skips, two for each level. The features enter the first levels."""
+        skips = []
+        for i, (res1, attn1, res2, attn2, down) in enumerate(self.downs):
+            if i < len(features):
+                x = x + features[i]
+            x = attn1(res1(x, condition))
+            skips.append(x)
+            x = attn2(res2(x, condition))
+            skips.append(x)
+            x = down(x)
+        return x, skips
+
+    def _middle(self, x: Tensor, condition: Tensor) -> Tensor:
+        return self.mid_block2(self.mid_spatial_attn(self.mid_block1(x, condition)), condition)
+
+
+class BiFlowNet(EncoderHalf):
     """Estimates the noise in a latent.
 
     `denoiser(x, t, y, resolution)` → noise, see `forward`.
@@ -171,15 +245,14 @@ class BiFlowNet(nn.Module):
         self.final_conv = nn.Sequential(ResnetBlock(2 * dim, dim, groups), conv1(dim, config.channels))
         self.to(memory_format=torch.channels_last_3d)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.init_conv.weight.dtype
-
-    @property
-    def device(self) -> torch.device:
-        return self.init_conv.weight.device
-
-    def forward(self, x: Tensor, t: Tensor, y: Tensor, resolution: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor,
+        resolution: Tensor,
+        control: ControlFunction | Sequence[ControlFunction] = (),
+    ) -> Tensor:
         """Estimate the noise.
 
         Args:
@@ -187,6 +260,7 @@ class BiFlowNet(nn.Module):
             t: timesteps, integer [B].
             y: classes, integer [B], each in [0, num_classes).
             resolution: [B, 3] or [3], the latent's D, H, W divided by 64.
+            control: what steers the estimate, one or several, which add up; see `meddiff.models.Control`.
 
         Returns:
             The noise, of x's shape, in the model's dtype.
@@ -208,7 +282,8 @@ class BiFlowNet(nn.Module):
 
         x = x.to(self.dtype, memory_format=torch.channels_last_3d)
         condition = self._condition(t, y, resolution.expand(x.shape[0], 3))
-        return self._inter_patch_flow(x, condition, self._intra_patch_flow(x, condition))
+        residuals = [steer(x, condition) for steer in ((control,) if callable(control) else control)]
+        return self._inter_patch_flow(x, condition, self._intra_patch_flow(x, condition, residuals), residuals)
 
     def _condition(self, t: Tensor, y: Tensor, resolution: Tensor) -> Tensor:
         """[B, 8·dim]: time plus class, then resolution."""
@@ -216,45 +291,28 @@ class BiFlowNet(nn.Module):
         time_and_class = self.time_mlp[1:](sinusoid) + self.cond_emb(y)
         return torch.cat([time_and_class, self.res_mlp(resolution.to(self.dtype))], dim=1)
 
-    def _intra_patch_flow(self, x: Tensor, condition: Tensor) -> list[Tensor]:
+    def _intra_patch_flow(self, x: Tensor, condition: Tensor, residuals: Sequence[Residuals] = ()) -> list[Tensor]:
         """The features [B, dim, D, H, W] of the two input and the two output blocks."""
-        p = self.config.token_patch
-        window = self.config.sub_volume // p
-
-        def to_volume(rows: Tensor) -> Tensor:
-            volume = rearrange(rows, "b d h w (pd ph pw c) -> b (d pd) (h ph) (w pw) c", pd=p, ph=p, pw=p)
-            return volume.permute(0, 4, 1, 2, 3)
-
-        tokens = self.x_embedder["proj"](x).permute(0, 2, 3, 4, 1)
-        places = self.pos_embed.view(window, window, window, -1)
-        tokens = tokens + places.repeat(*(size // window for size in tokens.shape[1:4]), 1)
-        features, skips = [], []
-        for block, final in self.IntraPatchFlow_input:
-            tokens = block(tokens, condition)
-            skips.append(tokens)
-            features.append(to_volume(final(tokens, condition)))
-        for block in self.IntraPatchFlow_mid:
-            tokens = block(tokens, condition)
+        skips, features = self._intra_patch_input(self._embed(x), condition)
+        tokens = self._intra_patch_middle(skips[-1], condition)
+        for added in residuals:
+            features = _plus(features, added.features)
+            tokens = tokens if added.tokens is None else tokens + added.tokens
         for block, final in self.IntraPatchFlow_output:
             tokens = block(tokens, condition, skips.pop())
-            features.append(to_volume(final(tokens, condition)))
+            features.append(self._to_volume(final(tokens, condition)))
         return features
 
-    def _inter_patch_flow(self, x: Tensor, condition: Tensor, features: list[Tensor]) -> Tensor:
-        levels = len(self.downs)
-        entering_down = dict(enumerate(features[:_FLOW_BLOCKS]))
-        entering_up = dict(enumerate(features[_FLOW_BLOCKS:], start=levels - _FLOW_BLOCKS))
-        x = self.init_conv(x)
-        first, skips = x, []
-        for i, (res1, attn1, res2, attn2, down) in enumerate(self.downs):
-            if i in entering_down:
-                x = x + entering_down[i]
-            x = attn1(res1(x, condition))
-            skips.append(x)
-            x = attn2(res2(x, condition))
-            skips.append(x)
-            x = down(x)
-        x = self.mid_block2(self.mid_spatial_attn(self.mid_block1(x, condition)), condition)
+    def _inter_patch_flow(
+        self, x: Tensor, condition: Tensor, features: list[Tensor], residuals: Sequence[Residuals] = ()
+    ) -> Tensor:
+        entering_up = dict(enumerate(features[_FLOW_BLOCKS:], start=len(self.ups) - _FLOW_BLOCKS))
+        first = self.init_conv(x)
+        x, skips = self._down_path(first, condition, features[:_FLOW_BLOCKS])
+        x = self._middle(x, condition)
+        for added in residuals:
+            skips = _plus(skips, added.skips)
+            x = x if added.middle is None else x + added.middle
         for j, (res1, attn1, res2, attn2, up) in enumerate(self.ups):
             if j in entering_up:
                 x = x + entering_up[j]
@@ -262,3 +320,7 @@ class BiFlowNet(nn.Module):
             x = attn2(res2(torch.cat([x, skips.pop()], dim=1), condition))
             x = up(x)
         return self.final_conv(torch.cat([x, first], dim=1))
+
+
+def _plus(tensors: list[Tensor], added: Sequence[Tensor]) -> list[Tensor]:
+    return [a + b for a, b in zip(tensors, added)] if added else tensors

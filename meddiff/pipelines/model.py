@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
@@ -287,13 +287,28 @@ class MedDiffusion:
             "dtype": str(self.dtype).removeprefix("torch."),
         }
 
-    def decode_sample(self, latent: Tensor, target: Target, record: dict[str, Any]) -> Volume:
-        """The volume of a sampled latent [1, 8, d, h, w], on the autoencoder's device; completes its record."""
+    def decode_sample(
+        self,
+        latent: Tensor,
+        target: Target,
+        record: dict[str, Any],
+        *,
+        correct: Callable[[Tensor], Tensor] | None = None,
+        affine: np.ndarray | None = None,
+        intensity: IntensityScale | None = None,
+    ) -> Volume:
+        """The volume of a sampled latent [1, 8, d, h, w], on the autoencoder's device; completes its record.
+
+        `correct` replaces the decoded [1, 1, D, H, W] by another one; `affine` (float64 [4, 4] in mm, RAS+) and
+        `intensity` put the volume into a place and a unit, if not those of the target.
+        """
         meter = StageMeter(self.autoencoder.device)
         with meter.stage("decode"):
             tensor = self.decode_latent(latent)
+            tensor = tensor if correct is None else correct(tensor)
         record = self._complete(record, target, meter)
-        return Volume.from_tensor(tensor, intensity=target.intensity, spacing=target.spacing, record=record)
+        affine = np.diag([*target.spacing, 1.0]) if affine is None else affine
+        return Volume.from_tensor(tensor, intensity=intensity or target.intensity, affine=affine, record=record)
 
     def _complete(self, record: dict[str, Any], target: Target, decoding: StageMeter) -> dict[str, Any]:
         return {

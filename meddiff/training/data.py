@@ -10,7 +10,7 @@ import csv
 import json
 import logging
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,12 +36,12 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from meddiff.config import ANATOMIES
-from meddiff.volume import Volume, VolumeError
+from meddiff.volume import Volume, VolumeError, require_same_grid
 
 _log = logging.getLogger(__name__)
 _SUFFIXES = (".nii", ".nii.gz")
 _FOREGROUND = -0.9  # normalised intensity above which a voxel is no air
-_COLUMNS = {"file", "anatomy", "modality", "low", "high"}
+_COLUMNS = {"file", "anatomy", "modality", "low", "high", "label"}
 _FOREGROUND_SHARE = (4, 1)  # crops with a foreground voxel in their centre, and without
 
 
@@ -53,6 +53,7 @@ class ListedVolume:
     anatomy:   a name of `meddiff.config.ANATOMIES`, or None where no class is needed
     modality:  "CT" (Hounsfield units), "MR" or None to judge from the voxels
     low, high: intensities that map to -1 and 1; both None for the rules of `Volume.load`
+    label:     NIfTI with the segmentation mask, or None
     """
 
     file: str
@@ -60,13 +61,15 @@ class ListedVolume:
     modality: str | None = None
     low: float | None = None
     high: float | None = None
+    label: str | None = field(default=None, repr=False)  # what is made of the image alone is known by the repr
 
 
 def list_volumes(source: str | Path, anatomy: str | None = None) -> list[ListedVolume]:
     """The files of a folder (recursively), or of a `.csv` or `.json` list.
 
-    A list has a column or key `file`, relative to the list, and may have `anatomy`, `modality`, `low` and `high`;
-    JSON holds an array of such objects. `anatomy` is the class of files whose row names none.
+    A list has a column or key `file`, relative to the list, and may have `anatomy`, `modality`, `low`, `high` and
+    `label`, the file of a segmentation mask; JSON holds an array of such objects. `anatomy` is the class of files whose
+    row names none.
 
     Raises ValueError, naming file and row, for a missing or empty source, unknown columns, anatomies and modalities.
     """
@@ -117,7 +120,12 @@ def _listed(row: Mapping[str, Any], folder: Path, anatomy: str | None, place: st
     if (low is None) != (high is None):
         raise ValueError(f"list_volumes: {place}: give both low and high, or neither")
     volume = ListedVolume(
-        str((folder / given["file"]).resolve()), given.get("anatomy", anatomy), given.get("modality"), low, high
+        str((folder / given["file"]).resolve()),
+        given.get("anatomy", anatomy),
+        given.get("modality"),
+        low,
+        high,
+        str((folder / given["label"]).resolve()) if "label" in given else None,
     )
     if volume.anatomy is not None and volume.anatomy not in ANATOMIES:
         raise ValueError(f"list_volumes: {place}: unknown anatomy {volume.anatomy!r}; known are {', '.join(ANATOMIES)}")
@@ -140,21 +148,37 @@ class LoadVolumed(MapTransform):
         return loaded
 
 
-def preparation(spacing: Sequence[float] | None) -> Compose:
+class LoadLabelsd(MapTransform):
+    """The file named under a key → its labels, RAS+, float32, checked to be on the grid of the volume under "image"."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        loaded = dict(data)
+        for key in self.key_iterator(loaded):
+            labels, image = Volume.load_labels(data[key]), loaded["image"]
+            grid = (image.shape[1:], image.affine.numpy())
+            require_same_grid(str(data[key]), (labels.shape, labels.affine), "its image", grid)
+            loaded[key] = MetaTensor(torch.from_numpy(labels.data.copy())[None], affine=image.affine)
+        return loaded
+
+
+def preparation(spacing: Sequence[float] | None, label: bool = False) -> Compose:
     """What is done once per file and kept: load, orient, scale to [-1, 1], resample, turn the axes to [1, D, H, W].
 
     spacing: mm along X, Y, Z; None keeps each file's.
+    label:   also the segmentation mask under "label", whole numbers in float32.
 
     Gives the volume under "image", and the spacing of the file under "mm".
     """
-    resample = [Spacingd("image", pixdim=tuple(spacing), mode="bilinear", padding_mode="border")] if spacing else []
+    keys, modes = (("image", "label"), ("bilinear", "nearest")) if label else (("image",), ("bilinear",))
+    resample = [Spacingd(keys, pixdim=tuple(spacing), mode=modes, padding_mode="border")] if spacing else []
     return Compose(
         [
             LoadVolumed("image"),
+            *([LoadLabelsd("label")] if label else ()),
             *resample,
-            Transposed("image", (0, 3, 1, 2)),  # the axis rule: file axes (X, Y, Z) are the tensor's (H, W, D)
-            EnsureTyped("image", dtype=torch.float32, track_meta=False),
-            SelectItemsd(("image", "mm")),
+            Transposed(keys, (0, 3, 1, 2)),  # the axis rule: file axes (X, Y, Z) are the tensor's (H, W, D)
+            EnsureTyped(keys, dtype=torch.float32, track_meta=False),
+            SelectItemsd((*keys, "mm")),
         ]
     )
 

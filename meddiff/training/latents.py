@@ -6,6 +6,7 @@ import hashlib
 import json
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -56,15 +57,10 @@ def encode_latents(options: LatentOptions) -> Path:
             stamp = f"{status.st_size} {status.st_mtime_ns}"
         except OSError:
             stamp = "missing"  # Volume.load says why
-        description = {
-            "format": _FORMAT,
-            "source": volume.file,
-            "origin": hashlib.sha256(f"{volume} {stamp} {options.spacing} {owner}".encode()).hexdigest(),
-            "anatomy": volume.anatomy,
-        }
+        origin = hashlib.sha256(f"{volume} {stamp} {options.spacing} {owner}".encode()).hexdigest()
         name = Path(volume.file).name.removesuffix(".gz").removesuffix(".nii")
         target = folder / f"{name}-{hashlib.sha256(volume.file.encode()).hexdigest()[:8]}.safetensors"
-        if target.exists() and _describe(target).get("origin") == description["origin"]:
+        if target.exists() and _describe(target).get("origin") == origin:
             continue
         try:
             x = prepare({"image": volume.file, "modality": volume.modality, "low": volume.low, "high": volume.high})
@@ -73,11 +69,17 @@ def encode_latents(options: LatentOptions) -> Path:
             continue
         with torch.inference_mode():
             latent = scale.scale(autoencoder.encode(x["image"][None]))[0]
-        description["spacing"] = json.dumps([round(mm, 4) for mm in options.spacing or x["mm"]])
+        description = latent_description(volume.anatomy, options.spacing or x["mm"])
+        description |= {"source": volume.file, "origin": origin}
         with atomic_write(target) as temporary:
             save_file({"latent": latent.cpu().contiguous()}, temporary, description)
     state.wait_for_everyone()
     return folder
+
+
+def latent_description(anatomy: str, spacing: Sequence[float]) -> dict[str, str]:
+    """What `LatentDataset` reads in a file beside the latent; spacing in mm along X, Y, Z."""
+    return {"format": _FORMAT, "anatomy": anatomy, "spacing": json.dumps([round(mm, 4) for mm in spacing])}
 
 
 @dataclass(frozen=True)

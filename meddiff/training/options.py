@@ -7,7 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from meddiff.config import AutoencoderConfig, DenoiserConfig
+from meddiff.config import (
+    AutoencoderConfig,
+    DenoiserConfig,
+    FastMRIConfig,
+    MasksConfig,
+    SparseViewCTConfig,
+    TaskConfig,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +141,8 @@ class PopulationOptions:
         displacement: Typical displacement of the deformation in mm.
         affine: Size of the random affine maps; 1 is up to 6°, 8 % in size and 4 % of shear.
         template: Whether the list begins with the template itself, not deformed, at each of the sizes.
+        labels: Whether each subject also gets a mask of its tissues: 0 background, 1 CSF and the rest of the brain, 2
+            grey and 3 white matter.
     """
 
     out: str
@@ -144,6 +153,7 @@ class PopulationOptions:
     displacement: float = 2.5
     affine: float = 1.0
     template: bool = False
+    labels: bool = False
 
     def __post_init__(self) -> None:
         if self.subjects < 1 or not self.sizes or len(self.sizes) != len(self.spacings):
@@ -164,6 +174,13 @@ class EvaluationOptions:
         features: What FID and MMD compare: means and deviations of the autoencoder's latents, or MedicalNet's features.
         features_weights: File with the weights of MedicalNet's ResNet-10.
         on_bad: Whether a file that cannot be used is fatal, or named and skipped.
+        task: Task of a ControlNet to measure instead: its images against the truth and against the condition alone.
+        control: ControlNet folder.
+        solver: Of the sampler, ddim, dpmsolver++ or ddpm.
+        steps: Denoising steps; by default those of the solver.
+        seed: Of the samples and of simulated measurements.
+        strength: Of the ControlNet.
+        consistency: Whether what was measured is imposed on the images.
     """
 
     out: str
@@ -175,8 +192,17 @@ class EvaluationOptions:
     features: Literal["autoencoder", "medicalnet"] = "autoencoder"
     features_weights: str | None = None
     on_bad: Literal["fail", "skip"] = "fail"
+    task: Literal["masks", "sparse_view_ct", "fast_mri"] | None = None
+    control: str | None = None
+    solver: Literal["ddim", "dpmsolver++", "ddpm"] = "ddim"
+    steps: int | None = None
+    seed: int = 0
+    strength: float = 1.0
+    consistency: bool = True
 
     def __post_init__(self) -> None:
+        if (self.task is None) != (self.control is None):
+            raise ValueError("EvaluationOptions: task needs control, the folder of its ControlNet, and control a task")
         if not Path(self.out).absolute().parent.is_dir():
             raise ValueError(
                 f"EvaluationOptions: {self.out}: there is no folder {Path(self.out).parent}; make it first"
@@ -227,3 +253,70 @@ class DenoiserTraining(RunOptions):
     ema_start: int = 2000
     preview_steps: int = 20
     weights: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetTraining(RunOptions):
+    """Train a ControlNet: a condition steers a model that stays as it is.
+
+    Args:
+        base: Model to steer, a folder or a hub repository; the ControlNet keeps its name and the hash of its weights.
+        data: Folder of NIfTI files, or a .csv or .json list with `file`, `anatomy`, for masks `label`, and perhaps
+            modality, low and high.
+        task: What the condition is.
+        masks: Of task masks.
+        sparse_view_ct: Of task sparse_view_ct.
+        fast_mri: Of task fast_mri.
+        measurements: Simulated measurements of each volume.
+        anatomy: Of volumes whose list names none.
+        spacing: mm along X, Y, Z to which volumes are resampled; by default they stay as they are.
+        on_bad: Whether a file that cannot be used is fatal, or named and skipped.
+        encoder: Of the condition, latent (the autoencoder's) or convolutional (voxels); by default convolutional for
+            masks and latent for images.
+        width: Channels of the convolutional encoder's first layer; each of the others has twice as many.
+        copied: Parts of the denoiser that are copied, of intra_patch, down_path and middle.
+        enters: Where the condition enters, of latent, init_conv and tokens.
+        ema_decay: Share of the old moving average in the new one.
+        ema_every: Steps between updates of the moving average.
+        ema_start: Steps during which it is a plain copy.
+        preview_steps: Denoising steps of previews.
+        weights: Of the ControlNet that is written in the end; 16 bits halve the file.
+    """
+
+    base: str
+    data: str
+    task: Literal["masks", "sparse_view_ct", "fast_mri"]
+    masks: MasksConfig = field(default_factory=MasksConfig)
+    sparse_view_ct: SparseViewCTConfig = field(default_factory=SparseViewCTConfig)
+    fast_mri: FastMRIConfig = field(default_factory=FastMRIConfig)
+    measurements: int = 1
+    anatomy: str | None = None
+    spacing: tuple[float, float, float] | None = None
+    on_bad: Literal["fail", "skip"] = "fail"
+    encoder: Literal["latent", "convolutional"] | None = None
+    width: int = 16
+    copied: tuple[str, ...] = ("intra_patch", "down_path", "middle")
+    enters: tuple[str, ...] = ("init_conv", "tokens")
+    ema_decay: float = 0.995
+    ema_every: int = 10
+    ema_start: int = 2000
+    preview_steps: int = 20
+    weights: Literal["float32", "float16", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("measurements", "width"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"ControlNetTraining: {name} must be at least 1, got {getattr(self, name)}")
+        if self.task == "masks" and (self.encoder == "latent" or self.measurements != 1):
+            raise ValueError("ControlNetTraining: masks have no measurements, and need encoder convolutional")
+
+    @property
+    def task_config(self) -> TaskConfig:
+        """That of the chosen task."""
+        return getattr(self, self.task)
+
+    @property
+    def condition_encoder(self) -> str:
+        """The encoder, chosen or by default."""
+        return self.encoder or ("convolutional" if self.task == "masks" else "latent")

@@ -45,16 +45,24 @@ def make_population(options: PopulationOptions) -> Path:
             names = [f"template_{i}_{anatomy}.nii.gz" for anatomy in _ANATOMIES]
             for name, volume in zip(names, undeformed(size, spacing)):
                 volume.save(folder / name)
-            rows += _rows(names)
+            label = f"template_{i}_labels.nii.gz" if options.labels else None
+            if label:
+                Volume.of_labels(tissue_labels(templates[i][0]), templates[i][1]).save(folder / label)
+            rows += _rows(names, label)
     for subject in progress("population")(range(options.subjects)):
         which = subject % len(templates)
         names = [f"{subject:04d}_{anatomy}.nii.gz" for anatomy in _ANATOMIES]
-        if not all((folder / name).exists() for name in names):
+        label = f"{subject:04d}_labels.nii.gz" if options.labels else None
+        missing = [name for name in (*names, label) if name and not (folder / name).exists()]
+        if missing:
             maps, affine = templates[which]
-            images = _subject(maps, options.spacings[which], options, draw_seed(options.seed, subject))
+            images, labels = _subject(maps, options.spacings[which], options, draw_seed(options.seed, subject))
             for name, image in zip(names, images):
-                Volume(_INTENSITY.high * image, affine, _INTENSITY).save(folder / name)
-        rows += _rows(names)
+                if name in missing:
+                    Volume(_INTENSITY.high * image, affine, _INTENSITY).save(folder / name)
+            if label in missing:
+                Volume.of_labels(labels, affine).save(folder / label)
+        rows += _rows(names, label)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
@@ -64,8 +72,9 @@ def make_population(options: PopulationOptions) -> Path:
     return folder / "volumes.csv"
 
 
-def _rows(names: list[str]) -> list[dict[str, object]]:
+def _rows(names: list[str], label: str | None) -> list[dict[str, object]]:
     scale = {"modality": _INTENSITY.modality, "low": _INTENSITY.low, "high": _INTENSITY.high}
+    scale |= {"label": label} if label else {}
     return [{"file": name, "anatomy": anatomy} | scale for name, anatomy in zip(names, _ANATOMIES)]
 
 
@@ -102,9 +111,17 @@ def _contrasts(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return t1 * brain, brain * (_T2["wm"] * wm + _T2["gm"] * gm + _T2["csf"] * csf).clip(0, 1)
 
 
+def tissue_labels(maps: np.ndarray) -> np.ndarray:
+    """The tissue with the largest share of each voxel, uint8 [X, Y, Z]: 0 background, 1 CSF and the rest of the brain,
+    2 grey matter, 3 white matter."""
+    _, wm, gm, brain = maps
+    return np.stack([1 - brain, np.clip(brain - wm - gm, 0, 1), gm, wm]).argmax(0).astype(np.uint8)
+
+
 def _subject(
     maps: np.ndarray, spacing: tuple[float, float, float], options: PopulationOptions, seed: int
-) -> list[np.ndarray]:
+) -> tuple[list[np.ndarray], np.ndarray]:
+    """The images, float32 [X, Y, Z] in [0, 1], and the labels of their tissues."""
     smoothness = [mm / np.mean(spacing) for mm in _SMOOTHNESS_MM]  # in voxels
     # Smoothing white noise from [-1, 1] with a Gaussian of σ voxels leaves this standard deviation.
     left = 3**-0.5 * (2 * np.pi**0.5 * np.mean(smoothness)) ** -1.5
@@ -131,4 +148,4 @@ def _subject(
     for image in _contrasts(deformed):
         values = paint({"image": torch.from_numpy(image[None])})["image"].numpy()[0]
         painted.append(np.clip(values / max(float(np.quantile(values, 0.999)), 1e-6), 0, 1).astype(np.float32))
-    return painted
+    return painted, tissue_labels(deformed)

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from meddiff.training.data import Draws, VolumeDataset, draw_seed, list_volumes, patch_draw, volume_draw
+from meddiff.training.data import (
+    Draws,
+    VolumeDataset,
+    draw_seed,
+    leave_out,
+    list_volumes,
+    patch_draw,
+    preparation,
+    volume_draw,
+)
 from meddiff.volume import Volume, VolumeError
 
 
@@ -163,3 +172,24 @@ def test_too_few_samples_for_a_step_are_refused():
 def test_seeds_differ_with_every_number():
     seeds = {draw_seed(a, b, c) for a in range(8) for b in range(8) for c in range(8)}
     assert len(seeds) == 512 and all(0 <= seed < 2**32 for seed in seeds)
+
+
+def test_masks_are_listed_checked_and_resampled_to_whole_numbers(volumes, tmp_path):
+    image = nib.load(volumes / "0.nii.gz")
+    labels = np.random.default_rng(0).integers(0, 4, image.shape).astype(np.uint8)
+    nib.save(nib.Nifti1Image(labels, image.affine), tmp_path / "mask.nii.gz")
+    nib.save(image, tmp_path / "image.nii.gz")
+    (tmp_path / "list.csv").write_text("file,label\nimage.nii.gz,mask.nii.gz\n")
+    (listed,) = list_volumes(tmp_path / "list.csv")
+    assert listed.label == str(tmp_path / "mask.nii.gz")
+    item = {"image": listed.file, "label": listed.label, "modality": None, "low": None, "high": None}
+    prepared = preparation(None, label=True)(item)
+    assert np.array_equal(prepared["label"][0], labels.transpose(2, 0, 1))
+    coarse = preparation((2.0, 2.0, 2.0), label=True)(item)
+    assert coarse["label"].shape == coarse["image"].shape
+    assert set(coarse["label"].unique().tolist()) == {0, 1, 2, 3}
+    nib.save(nib.Nifti1Image(labels, np.diag([1, 1, 2, 1])), tmp_path / "mask.nii.gz")
+    with pytest.raises(Exception) as caught:
+        preparation(None, label=True)(item)
+    with pytest.raises(VolumeError, match="mask.nii.gz: is not aligned with its image: its spacing is"):
+        leave_out(caught.value, "fail")

@@ -62,6 +62,31 @@ def test_the_template_can_lead_the_list(options):
         np.testing.assert_allclose(found.affine, wanted.affine)
 
 
+def test_labels_are_deformed_with_the_images_which_stay_the_same(options, tmp_path):
+    """At 5 mm a voxel is a mixture, so that tissues differ in their means and overlap."""
+    plain = list_volumes(make_population(options))
+    listed = list_volumes(make_population(replace(options, out=str(tmp_path / "b"), labels=True, template=True)))
+    assert [v.label.rsplit("/", 1)[1] for v in listed[::2]] == [
+        f"{name}_labels.nii.gz" for name in ("template_0", "template_1", "0000", "0001")
+    ]
+    assert [v.label for v in listed[::2]] == [v.label for v in listed[1::2]] and plain[0].label is None
+    for before, after in zip(plain, listed[4:]):
+        assert np.array_equal(*(Volume.load(v.file, "MR", (0, 1000)).data for v in (before, after)))
+    for v in listed[::2]:
+        labels, t1 = Volume.load_labels(v.label), Volume.load(v.file, "MR", (0, 1000))
+        assert labels.shape == t1.shape and np.array_equal(labels.affine, t1.affine)
+        assert labels.source.header.get_data_dtype() == np.uint8
+        assert set(np.unique(labels.data)) == {0, 1, 2, 3}
+        background, csf, grey, white = (t1.data[labels.data == tissue].mean() for tissue in range(4))
+        assert background < 30 < csf < grey < white
+    subjects = [Volume.load_labels(v.label).data for v in (listed[0], listed[4])]
+    assert (subjects[0] != subjects[1]).mean() > 0.02
+
+    # labels that were not asked for at first join the images
+    joined = list_volumes(make_population(replace(options, labels=True)))
+    assert np.array_equal(Volume.load_labels(joined[0].label).data, subjects[1])
+
+
 def test_sizes_and_spacings_must_match(options):
     with pytest.raises(ValueError, match="one spacing for each size"):
         replace(options, spacings=[SPACING])

@@ -1,0 +1,64 @@
+"""Labels as conditions, and tissues by their brightness."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from meddiff.config import PRESETS, FastMRIConfig, MasksConfig
+from meddiff.models import PatchVolumeAutoencoder
+from meddiff.tasks import is_measured, network_input, one_hot
+from meddiff.tasks.masks import classify
+
+TISSUES = MasksConfig()
+
+
+def test_one_channel_for_each_tissue():
+    labels = torch.randint(0, 4, (3, 4, 5), generator=torch.Generator().manual_seed(0))
+    hot = one_hot(labels.to(torch.uint8), TISSUES)
+    assert hot.shape == (4, 3, 4, 5) and hot.dtype == torch.float32
+    assert torch.equal(hot.argmax(0), labels) and torch.equal(hot.sum(0), torch.ones(3, 4, 5))
+
+
+@pytest.mark.parametrize(
+    "labels, found",
+    [
+        (torch.full((2, 2, 2), 4), r"\[4, 4\]"),
+        (torch.full((2, 2, 2), -1), r"\[-1, -1\]"),
+        (torch.zeros(2, 2, 2), "float32"),
+        (torch.zeros(0, 2, 2, dtype=torch.int64), "none"),
+    ],
+)
+def test_labels_that_are_no_tissues_are_refused(labels, found):
+    with pytest.raises(ValueError, match=rf"integers in \[0, 4\) \(background, csf, .*got .*{found}"):
+        one_hot(labels, TISSUES)
+
+
+def test_the_tissue_with_the_nearest_mean():
+    config = dataclasses.replace(TISSUES, means=(-1.0, -0.4, 0.6, 0.2))
+    x = torch.tensor([-1.2, -0.71, -0.69, -0.2, 0.0, 0.39, 0.41, 3.0]).view(2, 2, 2)
+    assert classify(x, config).flatten().tolist() == [0, 0, 1, 1, 3, 3, 2, 2]
+    with pytest.raises(ValueError, match="means of the tissues are not known"):
+        classify(x, TISSUES)
+
+
+@pytest.mark.parametrize("values", [{"tissues": ("a",)}, {"tissues": ("a", "a")}, {"means": (1.0,)}])
+def test_impossible_tissues_are_refused(values):
+    with pytest.raises(ValueError, match="MasksConfig"):
+        MasksConfig(**values)
+
+
+def test_what_the_network_takes():
+    autoencoder = PatchVolumeAutoencoder(PRESETS["tiny"].autoencoder).eval()
+    image = torch.rand(24, 16, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latent = network_input(image, FastMRIConfig(), "latent", autoencoder)
+    codes = autoencoder.codebook.embeddings
+    wanted = 2 * (autoencoder.encode(image[None, None]) - codes.min()) / (codes.max() - codes.min()) - 1
+    assert latent.shape == (1, 8, 3, 2, 1)
+    torch.testing.assert_close(latent, wanted[..., :3, :2, :1], rtol=1e-4, atol=1e-5)
+    assert torch.equal(network_input(image, FastMRIConfig(), "convolutional", autoencoder)[0, 0], image)
+    labels = torch.randint(0, 4, (8, 8, 8))
+    assert torch.equal(network_input(labels, TISSUES, "convolutional", autoencoder)[0], one_hot(labels, TISSUES))
+    assert is_measured(FastMRIConfig()) and not is_measured(TISSUES)
