@@ -202,7 +202,10 @@ class Control:
 
 
 class SteeredDenoiser:
-    """A denoiser with its controls, for whoever knows of a denoiser only: the sampler."""
+    """A denoiser with its controls, for whoever knows of a denoiser only: the sampler.
+
+    It estimates the samples of a batch one by one, so that a control has one condition for all of them.
+    """
 
     def __init__(self, denoiser: BiFlowNet, controls: Sequence[Control]) -> None:
         self.denoiser, self.controls = denoiser, tuple(controls)

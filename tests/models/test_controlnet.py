@@ -182,6 +182,9 @@ def test_the_sampler_sees_a_denoiser(denoiser):
     steered = SteeredDenoiser(denoiser, [control])
     assert (steered.config, steered.device, steered.dtype) == (denoiser.config, denoiser.device, denoiser.dtype)
     assert torch.equal(steered(*inputs()), denoiser(*inputs(), control))
+    assert all(
+        a is b for a, b in zip(steered.parameters(), [*denoiser.parameters(), *network.parameters()], strict=True)
+    )
 
 
 def test_bfloat16(denoiser, relative_error):

@@ -90,6 +90,8 @@ def test_the_measured_k_space_of_the_result_is_the_measurement(model, controls, 
     np.testing.assert_allclose(result.affine, AFFINE)
     assert result.intensity == scan.intensity
     assert result.record["controls"][0]["consistency"] and result.record["controls"][0]["task"]["name"] == "fast_mri"
+    assert result.record["modality"] == "MR" and result.record["steps"] == 2 and result.record["seed"] == 1
+    assert [stage["name"] for stage in result.record["stages"]] == ["sample", "decode"]
     free = generate_controlled(model, [(controls["fast_mri"], condition, 1.0)], steps=2, seed=1, consistency=False)
     assert np.abs(free.data - result.data).mean() > 1 and not free.record["controls"][0]["consistency"]
 
@@ -249,6 +251,8 @@ def test_measurements_survive_the_disk(scan, tmp_path):
         ("--control [A,B] --condition a.nii", "there are 2 and 1"),
         ("--control A --condition a.nii --strength [1,2]", "give one --strength"),
         ("--control A --condition a.nii --low 3", "both --low and --high"),
+        ("--control A --condition a.nii --count 2", "are for one volume; leave out --count and --list"),
+        ("--control A --condition a.nii --list volumes.csv", "are for one volume; leave out --count and --list"),
     ],
 )
 def test_controls_without_conditions_end_with_2(arguments, message, capsys, tmp_path):

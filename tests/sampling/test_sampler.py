@@ -5,9 +5,9 @@ import weakref
 import pytest
 import torch
 
-from meddiff.config import PRESETS, ScheduleConfig
+from meddiff.config import PRESETS, ControlNetConfig, ScheduleConfig
 from meddiff.kernels.diffusion_step import COEFFICIENTS, diffusion_step
-from meddiff.models import BiFlowNet
+from meddiff.models import BiFlowNet, Control, ControlNet, SteeredDenoiser
 from meddiff.sampling import NoiseSchedule, Sampler, sample_latent, solver_timesteps
 from meddiff.sampling import sampler as sampler_module
 from meddiff.sampling.solvers import ddim_table, ddpm_table
@@ -288,6 +288,23 @@ def test_graphs_do_not_outlive_the_place_of_the_weights(schedule, graphs, refere
     denoiser.init_conv.bias.data = denoiser.init_conv.bias - 0.5
     torch.testing.assert_close(sampler.sample(**run), before, rtol=1e-3, atol=1e-3)
     assert len(graphs) == 2 and graphs[0].dropped and not graphs[1].dropped
+
+
+def test_a_graph_of_a_steered_denoiser(denoiser, schedule, graphs):
+    """Whose controls' weights must not move either, and whose clean latents are corrected between the replays."""
+    network = ControlNet.from_denoiser(denoiser, ControlNetConfig(denoiser=denoiser.config))
+    for parameter in [*network.entries.parameters(), *network.exits.parameters()]:
+        parameter.data = torch.full_like(parameter, 0.05)
+    with torch.inference_mode():
+        steered = SteeredDenoiser(denoiser, [Control(network, torch.ones(1, 8, 8, 8, 8))])
+    sampler = Sampler(steered, schedule, graphs=True)
+    run = {"noise": (8, 8, 8), "y": Y.repeat(2), "steps": 2, "correct_x0": lambda x0, step: 0.5 * x0}
+    latent = sampler.sample(**run)
+    assert torch.equal(latent, sample_latent(steered, schedule, **run)) and graphs[0].replays == 2
+    assert not torch.allclose(latent, sample_latent(denoiser, schedule, **run), atol=1e-3)
+    network.init_conv.bias.data = network.init_conv.bias + 0.5
+    assert not torch.allclose(sampler.sample(**run), latent, atol=1e-3)
+    assert len(graphs) == 2 and graphs[0].dropped
 
 
 def test_without_a_graph_the_steps_run_one_by_one(denoiser, schedule, monkeypatch):
