@@ -151,10 +151,11 @@ def check(program: Path, case: Case, plan: str, shared: int = LARGE) -> None:
     assert plan in used
     wanted = case.reference()
     unit = HALF_UNIT[case.x.dtype]
-    # the result is rounded once; sums in float32, and approximate SiLU, which may round the other way
+    # The result is rounded once. Sums are float32; an activation in a thousand rounds the other way, because SiLU is
+    # approximate, and each that does moves a sum of 200 products by some 0.14 units of their spread.
     spread = (wanted - wanted.mean()).square().mean().sqrt()
     error = (out.double() - wanted).abs()
-    bound = 1.01 * unit * wanted.abs() + 0.1 * max(unit, 2.0**-16) * spread
+    bound = 1.01 * unit * wanted.abs() + 0.3 * max(unit, 2.0**-16) * spread
     assert (error <= bound).all(), f"{(error / bound).max().item():.2f} times the bound"
     if statistics is None:
         return

@@ -36,6 +36,7 @@ def folder(tmp_path_factory) -> Path:
     meddiff.untrained("tiny", dtype=torch.float32, device="cpu").save_pretrained(folder / "base")
     base = meddiff.from_pretrained(folder / "base", device="cpu", dtype=torch.float32)
     generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)  # of the condition encoders
     for name, task in TASKS.items():
         config = ControlNetConfig(denoiser=PRESETS["tiny"].denoiser)
         if name == "masks":
