@@ -60,13 +60,14 @@ def scores() -> list[list[str]]:
     rows = []
     for title, (file, prefix) in _EVALUATIONS.items():
         volumes = json.loads((_DEMO / file).read_text())["volumes"]
-        for contrast, name in (("T1", "mr_t1_brain"), ("T2-like", "mr_t2_brain")):
-            of_contrast = [v for v in volumes if v["file"].endswith(f"{name}.nii.gz")]
-            template = [v for v in of_contrast if v["file"].startswith("template_")]
-            unseen = [v for v in of_contrast if v not in template]
-            for what, group in ((f"{len(unseen)} unseen deformations", unseen), ("MNI152, not deformed", template)):
-                means = [f"{fmean(v[prefix + key] for v in group):.{1 if key == 'psnr' else 3}f}" for key in _SCORES]
-                rows.append([title, f"{contrast}, {what}", *means, f"{fmean(v['seam_original'] for v in group):.3f}"])
+        groups: dict[str, list[dict]] = {}
+        for volume in volumes:
+            contrast = "T1" if volume["file"].endswith("mr_t1_brain.nii.gz") else "T2-like"
+            what = "MNI152, not deformed" if volume["file"].startswith("template_") else "unseen deformations"
+            groups.setdefault(f"{contrast}, {'×'.join(map(str, volume['size']))}, {what}", []).append(volume)
+        for what, group in groups.items():
+            means = [f"{fmean(v[prefix + key] for v in group):.{1 if key == 'psnr' else 3}f}" for key in _SCORES]
+            rows.append([title, what, *means, f"{fmean(v['seam_original'] for v in group):.3f}"])
     return rows
 
 
@@ -93,9 +94,9 @@ def main() -> None:
     (RESULTS / "README.md").write_text(text + table(_HEADER, everything))
     jobs = [row(line, with_name=False) for line in lines.values() if line["benchmark"] in _JOBS]
     insert(ROOT / "README.md", "results", table(_HEADER, jobs))
-    quality = table(["reconstruction", "of", *_SCORES.values(), "of the original"], scores())
-    for file in (ROOT / "README.md", _DEMO / "README.md"):
-        insert(file, "scores", quality)
+    header, quality = ["reconstruction", "of", *_SCORES.values(), "of the original"], scores()
+    insert(_DEMO / "README.md", "scores", table(header, quality))
+    insert(ROOT / "README.md", "scores", table(header, [row for row in quality if row[1].startswith("T1")]))
 
 
 if __name__ == "__main__":
