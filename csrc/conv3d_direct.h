@@ -48,7 +48,7 @@ __global__ void direct_pack_kernel(DirectLaunch c) {
 
 // A block takes 128 voxels of one sample and 8 output channels.
 template <class T>
-__global__ void __launch_bounds__(kDirectThreads) direct_kernel(DirectLaunch c) {
+__global__ void __launch_bounds__(kDirectThreads, 4) direct_kernel(DirectLaunch c) {
   const ConvProblem& p = c.problem;
   const Shared shared = device::shared_memory();
   const int64_t groups = c.padded_outputs / 8, group = blockIdx.x % groups, task = blockIdx.x / groups;
