@@ -107,7 +107,7 @@ def triton_rows(folder: Path, cases: int) -> list[dict]:
     jobs = [(i, capability) for i in range(cases) for capability in _CAPABILITIES]
     processes = len(os.sched_getaffinity(0))
     with multiprocessing.get_context("spawn").Pool(processes, _load, (folder,)) as pool:
-        return pool.map(_compile, jobs, chunksize=1)
+        return list(pool.imap(_compile, jobs))  # in order, so that the first case that fails is the one named
 
 
 def library_rows(library: Path) -> list[dict]:
