@@ -12,6 +12,7 @@ from meddiff.config import (
     DenoiserConfig,
     FastMRIConfig,
     MasksConfig,
+    ScheduleConfig,
     SparseViewCTConfig,
     TaskConfig,
 )
@@ -238,6 +239,8 @@ class DenoiserTraining(RunOptions):
         data: Folder that `meddiff train latents` wrote.
         autoencoder: Folder of the autoencoder that encoded them; it becomes part of the model.
         model: Of the denoiser.
+        schedule: Of the noise. Latents of a standard deviation far below 0.5 want a shift of about 0.5 over it, else
+            most timesteps are nothing but noise.
         ema_decay: Share of the old moving average in the new one.
         ema_every: Steps between updates of the moving average.
         ema_start: Steps during which it is a plain copy.
@@ -248,6 +251,7 @@ class DenoiserTraining(RunOptions):
     data: str
     autoencoder: str
     model: DenoiserConfig = field(default_factory=DenoiserConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema_decay: float = 0.995
     ema_every: int = 10
     ema_start: int = 2000
