@@ -129,6 +129,9 @@ class AutoencoderTraining(RunOptions):
             raise ValueError("AutoencoderTraining: stage 2 needs initial, what stage 1 wrote")
 
 
+POPULATION_ANATOMIES = ("mr_t1_brain", "mr_t2_brain")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PopulationOptions:
     """Make a population of brains out of the MNI152 template: random deformations, bias fields and contrasts.
@@ -144,6 +147,7 @@ class PopulationOptions:
         template: Whether the list begins with the template itself, not deformed, at each of the sizes.
         labels: Whether each subject also gets a mask of its tissues: 0 background, 1 CSF and the rest of the brain, 2
             grey and 3 white matter.
+        anatomies: Which of the volumes are written, mr_t1_brain, mr_t2_brain or both.
     """
 
     out: str
@@ -155,10 +159,15 @@ class PopulationOptions:
     affine: float = 1.0
     template: bool = False
     labels: bool = False
+    anatomies: list[str] = field(default_factory=lambda: list(POPULATION_ANATOMIES))
 
     def __post_init__(self) -> None:
         if self.subjects < 1 or not self.sizes or len(self.sizes) != len(self.spacings):
             raise ValueError("PopulationOptions: needs subjects, and one spacing for each size")
+        if not self.anatomies or not set(self.anatomies) <= set(POPULATION_ANATOMIES):
+            raise ValueError(
+                f"PopulationOptions: anatomies must be among {', '.join(POPULATION_ANATOMIES)}, got {self.anatomies}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,7 +19,7 @@ from nibabel.processing import resample_from_to
 from meddiff.files import atomic_write
 from meddiff.progress import progress
 from meddiff.training.data import draw_seed
-from meddiff.training.options import PopulationOptions
+from meddiff.training.options import POPULATION_ANATOMIES, PopulationOptions
 from meddiff.volume import IntensityScale, Volume
 
 _T2 = {"wm": 0.35, "gm": 0.6, "csf": 1.0}  # brightness of the tissues in the T2-like contrast
@@ -27,7 +27,6 @@ _SMOOTHNESS_MM = (11.0, 16.0)  # standard deviation of the Gaussian that smooths
 _ROTATION, _SCALE, _SHEAR = 0.1, 0.08, 0.04  # largest angle in radians, relative change, shear
 _GAMMA = (0.8, 1.25)
 _BIAS = 0.15  # largest coefficient of the bias field's polynomial
-_ANATOMIES = ("mr_t1_brain", "mr_t2_brain")
 _INTENSITY = IntensityScale(0, 1000, "MR")
 
 
@@ -42,27 +41,28 @@ def make_population(options: PopulationOptions) -> Path:
     rows = []
     if options.template:
         for i, (size, spacing) in enumerate(zip(options.sizes, options.spacings)):
-            names = [f"template_{i}_{anatomy}.nii.gz" for anatomy in _ANATOMIES]
-            for name, volume in zip(names, undeformed(size, spacing)):
-                volume.save(folder / name)
+            files = {anatomy: f"template_{i}_{anatomy}.nii.gz" for anatomy in options.anatomies}
+            for anatomy, volume in zip(POPULATION_ANATOMIES, undeformed(size, spacing)):
+                if anatomy in files:
+                    volume.save(folder / files[anatomy])
             label = f"template_{i}_labels.nii.gz" if options.labels else None
             if label:
                 Volume.of_labels(tissue_labels(templates[i][0]), templates[i][1]).save(folder / label)
-            rows += _rows(names, label)
+            rows += _rows(files, label)
     for subject in progress("population")(range(options.subjects)):
         which = subject % len(templates)
-        names = [f"{subject:04d}_{anatomy}.nii.gz" for anatomy in _ANATOMIES]
+        files = {anatomy: f"{subject:04d}_{anatomy}.nii.gz" for anatomy in options.anatomies}
         label = f"{subject:04d}_labels.nii.gz" if options.labels else None
-        missing = [name for name in (*names, label) if name and not (folder / name).exists()]
+        missing = [name for name in (*files.values(), label) if name and not (folder / name).exists()]
         if missing:
             maps, affine = templates[which]
             images, labels = _subject(maps, options.spacings[which], options, draw_seed(options.seed, subject))
-            for name, image in zip(names, images):
-                if name in missing:
+            for anatomy, image in zip(POPULATION_ANATOMIES, images):
+                if (name := files.get(anatomy)) in missing:
                     Volume(_INTENSITY.high * image, affine, _INTENSITY).save(folder / name)
             if label in missing:
                 Volume.of_labels(labels, affine).save(folder / label)
-        rows += _rows(names, label)
+        rows += _rows(files, label)
     text = io.StringIO()
     writer = csv.DictWriter(text, list(rows[0]))
     writer.writeheader()
@@ -72,10 +72,10 @@ def make_population(options: PopulationOptions) -> Path:
     return folder / "volumes.csv"
 
 
-def _rows(names: list[str], label: str | None) -> list[dict[str, object]]:
+def _rows(files: dict[str, str], label: str | None) -> list[dict[str, object]]:
     scale = {"modality": _INTENSITY.modality, "low": _INTENSITY.low, "high": _INTENSITY.high}
     scale |= {"label": label} if label else {}
-    return [{"file": name, "anatomy": anatomy} | scale for name, anatomy in zip(names, _ANATOMIES)]
+    return [{"file": name, "anatomy": anatomy} | scale for anatomy, name in files.items()]
 
 
 def undeformed(size: tuple[int, int, int], spacing: tuple[float, float, float]) -> list[Volume]:

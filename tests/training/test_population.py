@@ -87,6 +87,19 @@ def test_labels_are_deformed_with_the_images_which_stay_the_same(options, tmp_pa
     assert np.array_equal(Volume.load_labels(joined[0].label).data, subjects[1])
 
 
+def test_one_contrast_can_be_left_out_and_the_other_stays_the_same(options, tmp_path):
+    t2 = [v for v in list_volumes(make_population(options)) if v.anatomy == "mr_t2_brain"]
+    alone = list_volumes(
+        make_population(replace(options, out=str(tmp_path / "b"), anatomies=["mr_t2_brain"], template=True))
+    )
+    assert {v.anatomy for v in alone} == {"mr_t2_brain"} and not list((tmp_path / "b").glob("*t1*"))
+    assert len(alone) == len(t2) + len(options.sizes)
+    for a, b in zip(alone[len(options.sizes) :], t2):
+        assert np.array_equal(*(Volume.load(v.file, "MR", (0, 1000)).data for v in (a, b)))
+    with pytest.raises(ValueError, match="anatomies must be among"):
+        replace(options, anatomies=["ct_head"])
+
+
 def test_sizes_and_spacings_must_match(options):
     with pytest.raises(ValueError, match="one spacing for each size"):
         replace(options, spacings=[SPACING])
