@@ -191,7 +191,9 @@ def _train(command: tuple[str, str, str], chosen: Namespace) -> None:
         train = getattr(importlib.import_module(f"meddiff.training.{module}"), function)
     except ModuleNotFoundError as error:
         raise ImportError(f"training and evaluation need {error.name}: pip install 'meddiff[train]'") from error
-    print(f"wrote {train(options)}")
+    written = train(options)
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's or accelerate's processes
+        print(f"wrote {written}")
 
 
 def _print_warning(message, category, filename, lineno, file=None, line=None) -> None:
