@@ -74,10 +74,18 @@ class TrainingRun:
         """Load the last checkpoint, if there is one, into what `prepare` made; returns the next step.
 
         Statistics of later steps, of a run that was killed after it, are removed.
+
+        Raises ValueError for a checkpoint of shards in a run without FSDP, and the other way round.
         """
         step = 0
         found = self._found()
         if found:
+            sharded = any(found[-1].glob("pytorch_model_fsdp*"))
+            if sharded != (self.accelerator.distributed_type == DistributedType.FSDP):
+                raise ValueError(
+                    f"training: {found[-1]} was written {'with' if sharded else 'without'} FSDP; go on in the same "
+                    "way, or give another out"
+                )
             self.accelerator.load_state(str(found[-1]))
             step = int(found[-1].name.removeprefix("step-"))
             _log.info("going on from %s", found[-1])

@@ -69,7 +69,10 @@ TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node=2")
 LAUNCHERS = {
     "torchrun": (*TORCHRUN, "-m", "meddiff.cli"),
     # its --cpu starts several processes with MPI only; for --multi_gpu it does what torchrun does
-    "accelerate": ("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "-m", "meddiff.cli"),
+    "accelerate": (
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes=2", "--main_process_port=0"),
+        *("-m", "meddiff.cli"),
+    ),
     "fsdp": (*TORCHRUN, str(Path(__file__).with_name("fsdp_on_cpu.py"))),
 }
 

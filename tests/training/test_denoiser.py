@@ -241,6 +241,10 @@ def test_what_would_train_wrong_weights_is_refused(options, monkeypatch):
         require_served(accelerator, False)
     require_served(accelerator, True)
     assert not plugin.cpu_ram_efficient_loading and plugin.mixed_precision_policy is None
+    (Path(options.out) / "checkpoints" / "step-00000002" / "pytorch_model_fsdp_0").mkdir(parents=True)
+    with pytest.raises(ValueError, match="step-00000002 was written with FSDP; go on in the same"):
+        train_denoiser(options)
+    AcceleratorState._reset_state(True)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(ValueError, match="accelerate has no FSDP for CPUs"):
         train_denoiser(options)
