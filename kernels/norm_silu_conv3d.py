@@ -103,27 +103,13 @@ def _run_ref(x: Tensor, *arguments) -> None:
         statistics.copy_(found)
 
 
-def _run_on_cpu(
-    x: Tensor,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    silu: bool,
-    upsample: bool,
-    weight: Tensor,
-    bias: Tensor | None,
-    pads: Sequence[int],
-    residual: Tensor | None,
-    residual_weight: Tensor | None,
-    residual_bias: Tensor | None,
-    out: Tensor,
-    statistics: Tensor | None,
-) -> None:
-    if x.dtype not in _FUSED or out.numel() == 0:
-        _run_ref(
-            x, scale, shift, silu, upsample, weight, bias, pads, residual, residual_weight, residual_bias, out,
-            statistics,
-        )  # fmt: skip
+def _run_on_cpu(x: Tensor, *arguments) -> None:
+    if x.dtype not in _FUSED or arguments[-2].numel() == 0:
+        _run_ref(x, *arguments)
         return
+    scale, shift, silu, upsample, weight, bias, pads, residual, residual_weight, residual_bias, out, statistics = (
+        arguments
+    )
     ops, size = torch.ops.meddiff, [n + weight.shape[2] - 1 for n in out.shape[2:]]
     tile = scratch_tile(x, x.shape[1], size)
     fold = [None if t is None else t.contiguous() for t in (scale, shift)]

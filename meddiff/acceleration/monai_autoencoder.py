@@ -64,7 +64,7 @@ def find_kl_autoencoder(module: nn.Module, budget: int | None) -> Found | None:
         Part(encoder, "forward", partial(_encode, encoder, budget), _ENCODER, _ENCODER_NOTE),
         without_backward(decoder, "forward", partial(_decode, decoder, budget), JOINT_DECODE),
     ]
-    return Found("MONAI's KL autoencoder", parts)
+    return Found(parts)
 
 
 def _without_splits(network: nn.Module) -> nn.Module:

@@ -69,7 +69,7 @@ def find_autoencoder(module: nn.Module, budget: int | None) -> Found | None:
     found.append(_find_codebook(codebook))
     if hasattr(module, "decode_sliding") and hasattr(module, "decode"):
         found.append(_find_decode_sliding(module))
-    return Found("3D MedDiffusion autoencoder", found, [child for child in module.children() if child not in parts])
+    return Found(found, [child for child in module.children() if child not in parts])
 
 
 def _infer(infer: Callable, module: nn.Module, network: nn.Module) -> AutoencoderConfig | DenoiserConfig:
@@ -170,7 +170,7 @@ def find_denoiser(module: nn.Module, _: int | None) -> Found | None:
         wanted = run_plain(module, "forward", x, time, y=y, res=res)
         require_same(function(x, time, y=y, res=res), wanted)
     note = "calls with more than x, time, y and res run as before"
-    return Found("BiFlowNet", [Part(module, "forward", function, "meddiff's BiFlowNet", note)])
+    return Found([Part(module, "forward", function, "meddiff's BiFlowNet", note)])
 
 
 def _estimate(

@@ -59,7 +59,7 @@ def find_ema_quantizer(module: nn.Module, _: int | None) -> Found | None:
         for got, expected, name in zip(function(probe), wanted, ("its output", "its loss", "its index")):
             require_same(got.float(), expected.float(), name)
     part = without_backward(module, "forward", function, _SEARCH, "training statistics stay with `quantize`")
-    return Found("MONAI's vector quantiser", [part])
+    return Found([part])
 
 
 def _ema_quantize(module: nn.Module, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -93,7 +93,7 @@ def find_vector_quantize(module: nn.Module, _: int | None) -> Found | None:
         for got, wanted, name in zip(function(probe), (quantized, index), ("its output", "its index")):
             require_same(got.float(), wanted.float(), name)
     note = "calls with mask, lens, topk, indices or return_loss_breakdown run as before"
-    return Found("VectorQuantize", [without_backward(module, "forward", function, _SEARCH, note)])
+    return Found([without_backward(module, "forward", function, _SEARCH, note)])
 
 
 def _channels_first(module: nn.Module, x: Tensor) -> bool:

@@ -46,10 +46,9 @@ class Part:
 class Found:
     """What a recogniser found in a module.
 
-    rest: children that do not belong to the structure, and are looked at by themselves.
+    rest: children that do not belong to it, and are looked at by themselves.
     """
 
-    structure: str
     parts: Sequence[Part]
     rest: Sequence[nn.Module] = ()
 

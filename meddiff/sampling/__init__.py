@@ -1,6 +1,14 @@
 """Noise schedule, solvers and the sampling loop."""
 
-from meddiff.sampling.sampler import SOLVERS, Sampler, resolve_order, sample_latent, solver_timesteps
+from meddiff.sampling.sampler import RESOLUTION_UNIT, SOLVERS, Sampler, resolve_order, sample_latent, solver_timesteps
 from meddiff.sampling.schedule import NoiseSchedule
 
-__all__ = ["SOLVERS", "NoiseSchedule", "Sampler", "resolve_order", "sample_latent", "solver_timesteps"]
+__all__ = [
+    "RESOLUTION_UNIT",
+    "SOLVERS",
+    "NoiseSchedule",
+    "Sampler",
+    "resolve_order",
+    "sample_latent",
+    "solver_timesteps",
+]

@@ -25,7 +25,7 @@ from meddiff.sampling.schedule import NoiseSchedule
 from meddiff.sampling.solvers import SOLVERS, TIMESTEP_SPACINGS
 
 _B, _C_0, _C_EPS = (COEFFICIENTS.index(name) for name in ("b", "c_0", "c_eps"))
-_RESOLUTION_UNIT = 64  # latent elements per unit of the resolution condition, for every downsampling factor
+RESOLUTION_UNIT = 64  # latent elements per unit of the resolution condition, for every downsampling factor
 _STAGED = 2  # steps whose noise is on its way to a GPU
 
 
@@ -116,7 +116,7 @@ class _Loop:
         self.noise = torch.zeros(*shape, device=device) if stochastic else None
         self.feed = None if self.noise is None else _NoiseFeed(self.noise)
         self.y = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.resolution = torch.tensor(shape[2:], dtype=torch.float32, device=device) / _RESOLUTION_UNIT
+        self.resolution = torch.tensor(shape[2:], dtype=torch.float32, device=device) / RESOLUTION_UNIT
 
         self.step_index = torch.zeros(1, dtype=torch.int64, device=device)
         self.timesteps = torch.zeros(longest, dtype=torch.int64, device=device)

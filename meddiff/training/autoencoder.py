@@ -13,13 +13,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from meddiff.checkpoint import load_component, save_component
 from meddiff.models import PatchVolumeAutoencoder
 from meddiff.models.autoencoder import AttentionBlock, ResBlock
 from meddiff.report import save_comparison
-from meddiff.training.data import Draws, VolumeDataset, list_volumes, patch_draw, volume_draw
+from meddiff.training.data import VolumeDataset, list_volumes, patch_draw, volume_draw
 from meddiff.training.discriminator import PatchDiscriminator
 from meddiff.training.engine import TrainingRun
 from meddiff.training.losses import (
@@ -36,7 +35,7 @@ _PROBES = 8  # random directions that measure the decoder's derivative
 
 
 class _Reconstruction(nn.Module):
-    """One forward pass of a stage, as one module, so that DDP and FSDP can wrap it."""
+    """One forward pass of a stage, as one module, so that DDP can wrap it."""
 
     def __init__(self, autoencoder: PatchVolumeAutoencoder, options: AutoencoderTraining) -> None:
         super().__init__()
@@ -130,7 +129,7 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
     ValueError, VolumeError and CheckpointError for options, data and initial weights that cannot be used,
     FloatingPointError when it diverges.
     """
-    run = TrainingRun(options)
+    run = TrainingRun(options, shardable=False)
     accelerator = run.accelerator
     device = accelerator.device
 
@@ -159,13 +158,11 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
     volumes = list_volumes(options.data)
     with accelerator.main_process_first():
         data = VolumeDataset(volumes, options.cache or run.folder / "cache", draw, options.spacing, options.on_bad)
-    model, discriminator, optimizer, discriminator_optimizer = accelerator.prepare(model, discriminator, *adam)
+    model, optimizer = run.prepare(model, adam[0])
+    discriminator, discriminator_optimizer = run.prepare(discriminator, adam[1])
     start = run.resume()
     buckets = data.shapes if options.stage == 2 and options.volume_size is None else [0] * len(data)
-    draws = Draws(
-        buckets, options.batch_size, options.seed, start, accelerator.process_index, accelerator.num_processes
-    )
-    batches = iter(DataLoader(data, batch_sampler=draws, num_workers=options.workers))
+    batches = run.batches(data, buckets, start)
     codebook = autoencoder.codebook
     model.train(), discriminator.train()
 
@@ -196,11 +193,7 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
                 losses["feature_matching"] = feature_matching_loss(real_features, features)
                 loss = loss + options.adversarial_weight * losses["adversarial"]
                 loss = loss + options.feature_weight * losses["feature_matching"]
-            accelerator.backward(loss)
-            if options.gradient_clip:
-                accelerator.clip_grad_norm_(model.parameters(), options.gradient_clip)
-            optimizer.step()
-            optimizer.zero_grad()
+            run.descend(loss, model, optimizer)
             if statistics is not None:
                 losses["perplexity"] = codebook.update(z.detach(), statistics, options.least_use)
             losses["psnr"] = -10 * torch.log10((y - x).detach().square().mean() / 4)

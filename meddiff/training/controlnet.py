@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from meddiff.checkpoint import LoadedModel, load_model, locate, save_controlnet, weights_sha256
 from meddiff.config import ControlNetConfig, MasksConfig, TaskConfig, condition_channels
@@ -27,15 +26,13 @@ from meddiff.models import Control, ControlNet, PatchVolumeAutoencoder, SteeredD
 from meddiff.progress import progress
 from meddiff.report import save_comparison
 from meddiff.resources import default_dtype
-from meddiff.sampling import NoiseSchedule, sample_latent
+from meddiff.sampling import RESOLUTION_UNIT, NoiseSchedule, sample_latent
 from meddiff.tasks import measure, network_input, one_hot, reconstruct
-from meddiff.training.data import Draws, ListedVolume, draw_seed, leave_out, list_volumes, preparation
+from meddiff.training.data import ListedVolume, draw_seed, leave_out, list_volumes, preparation
 from meddiff.training.ema import MovingAverage
 from meddiff.training.engine import TrainingRun
 from meddiff.training.latents import LatentDataset, latent_description
 from meddiff.training.options import ControlNetTraining
-
-_RESOLUTION_UNIT = 64  # latent elements; the condition is the latent's size in this unit
 
 
 def train_controlnet(options: ControlNetTraining) -> Path:
@@ -56,19 +53,19 @@ def train_controlnet(options: ControlNetTraining) -> Path:
     data = PairDataset(make_pairs(options, run, autoencoder, sha256), denoiser.config.channels)
     classes = {latent.class_index for latent in data.latents}
     if max(classes) >= denoiser.config.num_classes:
-        raise ValueError(f"train_controlnet: class {max(classes)} in {options.data}, and the base has no such class")
+        raise ValueError(
+            f"train_controlnet: class {max(classes)} in {options.data}, and the base has no such class; leave its "
+            "volumes out, or steer a base that was trained on them"
+        )
     task = data.with_means(options.task_config)
     network = ControlNet.from_denoiser(denoiser, _network_config(options, base))
     schedule = NoiseSchedule(base.schedule).to(device)
     average = MovingAverage(network, options.ema_decay, options.ema_every, options.ema_start).to(device)
     adam = torch.optim.Adam(network.parameters(), options.learning_rate)
-    model, optimizer = accelerator.prepare(network, adam)
+    model, optimizer = run.prepare(network, adam)
     accelerator.register_for_checkpointing(average)
     start = run.resume()
-    draws = Draws(
-        data.sizes, options.batch_size, options.seed, start, accelerator.process_index, accelerator.num_processes
-    )
-    batches = iter(DataLoader(data, batch_sampler=draws, num_workers=options.workers))
+    batches = run.batches(data, data.sizes, start)
     model.train()
 
     for step in run.steps(start, optimizer):
@@ -76,16 +73,12 @@ def train_controlnet(options: ControlNetTraining) -> Path:
         condition = _network_batch(condition, task)
         noise = torch.randn_like(x0)
         t = torch.randint(schedule.timesteps, (len(x0),), device=device)
-        resolution = x0.new_tensor(x0.shape[2:]) / _RESOLUTION_UNIT
+        resolution = x0.new_tensor(x0.shape[2:]) / RESOLUTION_UNIT
         with accelerator.autocast():
             steer = partial(model, condition=condition)
             estimate = denoiser(schedule.add_noise(x0, t, noise), t, y, resolution, steer)
         loss = F.l1_loss(estimate.float(), noise)
-        accelerator.backward(loss)
-        if options.gradient_clip:
-            accelerator.clip_grad_norm_(model.parameters(), options.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        run.descend(loss, model, optimizer)
         average.update(accelerator.unwrap_model(model), step)
         run.log(step, loss=loss)
         if preview := run.preview(step):

@@ -260,7 +260,7 @@ class VolumeDataset(Dataset):
             except Exception as error:
                 leave_out(error, on_bad)
         if not good:
-            raise ValueError(f"VolumeDataset: none of the {len(items)} files can be used")
+            raise ValueError(f"VolumeDataset: none of the {len(items)} files can be used; the log says why")
         self.prepared.data = good
         self.shapes = shapes  # (D, H, W) of each prepared volume
         self.volumes = [ListedVolume(**{name: item[name] for name in asdict(volumes[0])}) for item in good]

@@ -10,19 +10,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from meddiff.checkpoint import load_component, save_model
 from meddiff.models import BiFlowNet, PatchVolumeAutoencoder
 from meddiff.report import save_comparison
-from meddiff.sampling import NoiseSchedule, sample_latent
-from meddiff.training.data import Draws
+from meddiff.sampling import RESOLUTION_UNIT, NoiseSchedule, sample_latent
 from meddiff.training.ema import MovingAverage
 from meddiff.training.engine import TrainingRun
 from meddiff.training.latents import LatentDataset
 from meddiff.training.options import DenoiserTraining
-
-_RESOLUTION_UNIT = 64  # latent elements; the condition is the latent's size in this unit
 
 
 def train_denoiser(options: DenoiserTraining) -> Path:
@@ -48,27 +44,21 @@ def train_denoiser(options: DenoiserTraining) -> Path:
     schedule = NoiseSchedule(options.schedule).to(device)
     average = MovingAverage(denoiser, options.ema_decay, options.ema_every, options.ema_start).to(device)
     adam = torch.optim.Adam(denoiser.parameters(), options.learning_rate)
-    model, optimizer = accelerator.prepare(denoiser, adam)
+    model, optimizer = run.prepare(denoiser, adam)
     accelerator.register_for_checkpointing(average)
     start = run.resume()
-    draws = Draws(
-        data.sizes, options.batch_size, options.seed, start, accelerator.process_index, accelerator.num_processes
-    )
-    batches = iter(DataLoader(data, batch_sampler=draws, num_workers=options.workers))
+    batches = run.batches(data, data.sizes, start)
     model.train()
 
     for step in run.steps(start, optimizer):
         x0, y = (part.to(device) for part in next(batches))
         noise = torch.randn_like(x0)
         t = torch.randint(schedule.timesteps, (len(x0),), device=device)
-        resolution = x0.new_tensor(x0.shape[2:]) / _RESOLUTION_UNIT
-        estimate = model(schedule.add_noise(x0, t, noise), t, y, resolution)
+        resolution = x0.new_tensor(x0.shape[2:]) / RESOLUTION_UNIT
+        with accelerator.autocast():
+            estimate = model(schedule.add_noise(x0, t, noise), t, y, resolution)
         loss = F.l1_loss(estimate.float(), noise)
-        accelerator.backward(loss)
-        if options.gradient_clip:
-            accelerator.clip_grad_norm_(model.parameters(), options.gradient_clip)
-        optimizer.step()
-        optimizer.zero_grad()
+        run.descend(loss, model, optimizer)
         average.update(accelerator.unwrap_model(model), step)
         run.log(step, loss=loss)
         if preview := run.preview(step):

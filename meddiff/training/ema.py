@@ -6,13 +6,14 @@ import copy
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 class MovingAverage(nn.Module):
-    """A copy of a network that follows its weights slowly.
+    """A copy of a network that follows its weights slowly, whole on every process, also where FSDP shards the network.
 
     Args:
-        network: the one that is trained.
+        network: the one that is trained, before `accelerator.prepare`.
         decay: share of the old average in the new one.
         every: steps between updates.
         start: steps during which the average is a plain copy.
@@ -25,11 +26,13 @@ class MovingAverage(nn.Module):
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Follow `network` after optimiser step `step` (from 0)."""
+        """Follow `network` after optimiser step `step` (from 0), on all processes together."""
         if (step + 1) % self.every:
             return
         decay = self.decay if step >= self.start else 0.0
         for average, value in zip(self.network.state_dict().values(), network.state_dict().values()):
+            if isinstance(value, DTensor):  # a shard of FSDP's
+                value = value.full_tensor()
             if average.is_floating_point():
                 average.lerp_(value.to(average), 1 - decay)
             else:

@@ -89,7 +89,7 @@ def _volumes(options: EvaluationOptions, source: str, title: str) -> Iterator[tu
         found += 1
         yield Path(volume.file).name, x["image"][None]
     if not found:
-        raise ValueError(f"evaluate: {source}: none of its volumes can be used")
+        raise ValueError(f"evaluate: {source}: none of its volumes can be used; the log says why")
 
 
 @torch.inference_mode()

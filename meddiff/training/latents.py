@@ -112,10 +112,11 @@ class LatentDataset(Dataset):
             except SafetensorError as error:
                 raise ValueError(f"LatentDataset: {file}: damaged ({error}); delete it and encode again") from None
             if description.get("format") != _FORMAT or description.get("anatomy") not in ANATOMIES:
-                raise ValueError(f"LatentDataset: {file}: is no latent of `meddiff train latents`")
+                raise ValueError(f"LatentDataset: {file}: is no latent of `meddiff train latents`; take it away")
             if values.ndim != 4 or values.shape[0] != channels or not torch.isfinite(values).all():
                 raise ValueError(
-                    f"LatentDataset: {file}: must be finite [{channels}, d, h, w], got {tuple(values.shape)}"
+                    f"LatentDataset: {file}: must be finite [{channels}, d, h, w], got {tuple(values.shape)}; encode "
+                    "it again with the denoiser's autoencoder"
                 )
             self.latents.append(Latent(values, description["anatomy"], tuple(json.loads(description["spacing"]))))
 

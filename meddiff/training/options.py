@@ -163,7 +163,10 @@ class PopulationOptions:
 
     def __post_init__(self) -> None:
         if self.subjects < 1 or not self.sizes or len(self.sizes) != len(self.spacings):
-            raise ValueError("PopulationOptions: needs subjects, and one spacing for each size")
+            raise ValueError(
+                "PopulationOptions: needs subjects, and one spacing for each size, got "
+                f"{self.subjects} subjects, {len(self.spacings)} spacings and {len(self.sizes)} sizes"
+            )
         if not self.anatomies or not set(self.anatomies) <= set(POPULATION_ANATOMIES):
             raise ValueError(
                 f"PopulationOptions: anatomies must be among {', '.join(POPULATION_ANATOMIES)}, got {self.anatomies}"
@@ -213,6 +216,8 @@ class EvaluationOptions:
     def __post_init__(self) -> None:
         if (self.task is None) != (self.control is None):
             raise ValueError("EvaluationOptions: task needs control, the folder of its ControlNet, and control a task")
+        if self.task is not None and (self.disjoint or self.generated is not None):
+            raise ValueError("EvaluationOptions: disjoint and generated are of a model, not of a task; leave them out")
         if not Path(self.out).absolute().parent.is_dir():
             raise ValueError(
                 f"EvaluationOptions: {self.out}: there is no folder {Path(self.out).parent}; make it first"
@@ -241,26 +246,17 @@ class LatentOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class DenoiserTraining(RunOptions):
-    """Train the denoiser on latents, of one size or several.
+class DiffusionTraining(RunOptions):
+    """What the training of a denoiser and that of a ControlNet need.
 
     Args:
-        data: Folder that `meddiff train latents` wrote.
-        autoencoder: Folder of the autoencoder that encoded them; it becomes part of the model.
-        model: Of the denoiser.
-        schedule: Of the noise. Latents of a standard deviation far below 0.5 want a shift of about 0.5 over it, else
-            most timesteps are nothing but noise.
         ema_decay: Share of the old moving average in the new one.
         ema_every: Steps between updates of the moving average.
         ema_start: Steps during which it is a plain copy.
         preview_steps: Denoising steps of previews.
-        weights: Of the model that is written in the end; 16 bits halve the file.
+        weights: Of what is written in the end; 16 bits halve the file.
     """
 
-    data: str
-    autoencoder: str
-    model: DenoiserConfig = field(default_factory=DenoiserConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema_decay: float = 0.995
     ema_every: int = 10
     ema_start: int = 2000
@@ -269,7 +265,25 @@ class DenoiserTraining(RunOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ControlNetTraining(RunOptions):
+class DenoiserTraining(DiffusionTraining):
+    """Train the denoiser on latents, of one size or several.
+
+    Args:
+        data: Folder that `meddiff train latents` wrote.
+        autoencoder: Folder of the autoencoder that encoded them; it becomes part of the model.
+        model: Of the denoiser.
+        schedule: Of the noise. Latents of a standard deviation far below 0.5 want a shift of about 0.5 over it, else
+            most timesteps are nothing but noise.
+    """
+
+    data: str
+    autoencoder: str
+    model: DenoiserConfig = field(default_factory=DenoiserConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ControlNetTraining(DiffusionTraining):
     """Train a ControlNet: a condition steers a model that stays as it is.
 
     Args:
@@ -289,11 +303,6 @@ class ControlNetTraining(RunOptions):
         width: Channels of the convolutional encoder's first layer; each of the others has twice as many.
         copied: Parts of the denoiser that are copied, of intra_patch, down_path and middle.
         enters: Where the condition enters, of latent, init_conv and tokens.
-        ema_decay: Share of the old moving average in the new one.
-        ema_every: Steps between updates of the moving average.
-        ema_start: Steps during which it is a plain copy.
-        preview_steps: Denoising steps of previews.
-        weights: Of the ControlNet that is written in the end; 16 bits halve the file.
     """
 
     base: str
@@ -310,11 +319,6 @@ class ControlNetTraining(RunOptions):
     width: int = 16
     copied: tuple[str, ...] = ("intra_patch", "down_path", "middle")
     enters: tuple[str, ...] = ("init_conv", "tokens")
-    ema_decay: float = 0.995
-    ema_every: int = 10
-    ema_start: int = 2000
-    preview_steps: int = 20
-    weights: Literal["float32", "float16", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         super().__post_init__()

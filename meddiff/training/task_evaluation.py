@@ -42,7 +42,9 @@ def evaluate_task(options: EvaluationOptions) -> Path:
     control = TrainedControl.from_pretrained(options.control, model)
     name = task_to_dict(control.task)["name"]
     if name != options.task:
-        raise ValueError(f"evaluate: {options.control} was trained for task {name}, not for {options.task}")
+        raise ValueError(
+            f"evaluate: {options.control} was trained for task {name}, not for {options.task}; give --task {name}"
+        )
     masks = isinstance(control.task, MasksConfig)
     prepare, unit = preparation(options.spacing, masks), size_unit(model.autoencoder)
     default = next(iter(control.anatomies))

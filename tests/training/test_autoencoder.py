@@ -15,15 +15,7 @@ from meddiff.checkpoint import load_component, save_component
 from meddiff.models import PatchVolumeAutoencoder
 from meddiff.models.autoencoder import ResBlock
 from meddiff.training.autoencoder import equalize_latents, initialise, train_autoencoder
-from meddiff.training.engine import TrainingRun
 from meddiff.training.options import AutoencoderTraining
-
-
-@pytest.fixture(autouse=True)
-def _gradients():
-    with torch.enable_grad():
-        yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture
@@ -50,29 +42,14 @@ def test_stage_1_learns(options):
     assert [path.name for path in (Path(options.out) / "checkpoints").iterdir()] == ["step-00000040"]
 
 
-def test_a_killed_run_goes_on_with_the_same_losses(options, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_with_the_same_losses(options, tmp_path, killed_at):
     options = replace(options, discriminator_start=3)
     whole = weights(train_autoencoder(options))
-
-    class Killed(BaseException):
-        pass
-
-    log = TrainingRun.log
-
-    def die(run, step, **values):
-        log(run, step, **values)
-        if step == 4:
-            raise Killed
-
     interrupted = replace(options, out=str(tmp_path / "interrupted"))
-    AcceleratorState._reset_state(True)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(TrainingRun, "log", die)
-        train_autoencoder(interrupted)
+    killed_at(4, train_autoencoder, interrupted)
     assert [line["step"] for line in statistics(interrupted.out)] == [0, 1, 2, 3, 4]
     half = Path(interrupted.out) / "checkpoints" / ".step-00000006"  # as if the next checkpoint had been half written
     half.mkdir()
-    AcceleratorState._reset_state(True)
     again = weights(train_autoencoder(interrupted))
     assert statistics(interrupted.out) == statistics(options.out)
     assert all(torch.equal(whole[key], again[key]) for key in whole)

@@ -20,17 +20,8 @@ from meddiff.resources import default_dtype
 from meddiff.tasks import measure, network_input, reconstruct
 from meddiff.training.controlnet import PairDataset, train_controlnet
 from meddiff.training.data import draw_seed, list_volumes, preparation
-from meddiff.training.engine import TrainingRun
 from meddiff.training.options import ControlNetTraining
 from meddiff.volume import VolumeError
-
-
-@pytest.fixture(autouse=True)
-def _gradients():
-    AcceleratorState._reset_state(True)
-    with torch.enable_grad():
-        yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")
@@ -79,25 +70,10 @@ def statistics(out: str) -> list[dict]:
     return [json.loads(line) for line in (Path(out) / "stats.jsonl").read_text().splitlines()]
 
 
-def test_a_killed_run_goes_on_with_the_same_losses(options, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_with_the_same_losses(options, tmp_path, killed_at):
     whole = load_file(train_controlnet(options) / "model.safetensors")
-
-    class Killed(BaseException):
-        pass
-
-    log = TrainingRun.log
-
-    def die(run, step, **values):
-        log(run, step, **values)
-        if step == 2:
-            raise Killed
-
     interrupted = replace(options, out=str(tmp_path / "interrupted"))
-    AcceleratorState._reset_state(True)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(TrainingRun, "log", die)
-        train_controlnet(interrupted)
-    AcceleratorState._reset_state(True)
+    killed_at(2, train_controlnet, interrupted)
     again = load_file(train_controlnet(interrupted) / "model.safetensors")
     assert statistics(interrupted.out) == statistics(options.out) and len(statistics(options.out)) == 4
     assert all(torch.equal(whole[key], again[key]) for key in whole)
@@ -218,10 +194,10 @@ def test_options_that_do_not_go_together(options):
     assert replace(options, task="masks").task_config == MasksConfig()
 
 
-def test_two_processes_share_the_pairs_and_train_one_controlnet(options, base, tmp_path, two_processes):
+def test_two_processes_share_the_pairs_and_the_shards_of_one_controlnet(options, base, tmp_path, two_processes):
     arguments = ["--base", str(base), "--data", options.data, "--task", "fast_mri", "--fast_mri.acceleration", "8"]
     arguments += ["--batch_size", "1", "--ema_every", "1", "--steps", "2", "--width", "4"]
-    two_processes("train", "controlnet", "--out", str(tmp_path / "two"), *arguments)
+    two_processes("train", "controlnet", "--out", str(tmp_path / "two"), *arguments, launcher="fsdp")
     assert len(list((tmp_path / "two" / "cache" / "pairs").iterdir())) == 3
     loaded = load_controlnet(tmp_path / "two" / "controlnet")
     assert loaded.task.acceleration == 8

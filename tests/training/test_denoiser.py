@@ -6,12 +6,14 @@ import json
 import logging
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 
 from meddiff.checkpoint import load_component, save_component
@@ -23,18 +25,10 @@ from meddiff.sampling import NoiseSchedule
 from meddiff.training.data import Draws, draw_seed, list_volumes, preparation
 from meddiff.training.denoiser import train_denoiser
 from meddiff.training.ema import MovingAverage
-from meddiff.training.engine import TrainingRun
+from meddiff.training.engine import require_served
 from meddiff.training.latents import LatentDataset, encode_latents
 from meddiff.training.options import DenoiserTraining, LatentOptions
 from meddiff.volume import VolumeError
-
-
-@pytest.fixture(autouse=True)
-def _gradients():
-    AcceleratorState._reset_state(True)
-    with torch.enable_grad():
-        yield
-    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +129,7 @@ def test_the_average_is_a_copy_first_and_then_follows_slowly():
     assert seen[1:] == [2.0, 2.0, 0.75 * 2 + 0.25 * 6, 3.0, 0.75 * 3 + 0.25 * 10]
 
 
-def test_a_killed_run_goes_on_with_the_same_losses_and_both_sizes_are_seen(options, tmp_path, monkeypatch):
+def test_a_killed_run_goes_on_with_the_same_losses_and_both_sizes_are_seen(options, tmp_path, monkeypatch, killed_at):
     sizes = []
     forward = BiFlowNet.forward
     monkeypatch.setattr(
@@ -145,23 +139,8 @@ def test_a_killed_run_goes_on_with_the_same_losses_and_both_sizes_are_seen(optio
     )
     whole = load_file(train_denoiser(options) / "denoiser" / "model.safetensors")
     assert set(sizes) == {(8, 8, 8), (16, 8, 8)} and len(sizes) == 4
-
-    class Killed(BaseException):
-        pass
-
-    log = TrainingRun.log
-
-    def die(run, step, **values):
-        log(run, step, **values)
-        if step == 2:
-            raise Killed
-
     interrupted = replace(options, out=str(tmp_path / "interrupted"))
-    AcceleratorState._reset_state(True)
-    with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr(TrainingRun, "log", die)
-        train_denoiser(interrupted)
-    AcceleratorState._reset_state(True)
+    killed_at(2, train_denoiser, interrupted)
     again = load_file(train_denoiser(interrupted) / "denoiser" / "model.safetensors")
     assert statistics(interrupted.out) == statistics(options.out)
     assert all(torch.equal(whole[key], again[key]) for key in whole)
@@ -207,14 +186,18 @@ def test_two_processes_share_the_volumes(latents, autoencoder, tmp_path, two_pro
         torch.testing.assert_close(load_file(again / path.name), load_file(path))
 
 
+@pytest.mark.parametrize("launcher", ["accelerate", "fsdp"])
 def test_two_processes_train_one_denoiser_with_the_mean_of_their_gradients(
-    latents, autoencoder, options, tmp_path, two_processes
+    launcher, latents, autoencoder, options, tmp_path, two_processes
 ):
+    """FSDP also stops after the second step, and goes on."""
+    clip = 0.1
     arguments = ["--data", str(latents), "--autoencoder", str(autoencoder), "--batch_size", "1", "--ema_every", "1"]
     for name in ("dim", "attention_levels"):
         arguments += [f"--model.{name}", str(getattr(options.model, name))]
-    arguments += ["--model.dim_mults", str(list(options.model.dim_mults)), "--steps", "2"]
-    two_processes("train", "denoiser", "--out", str(tmp_path / "two"), *arguments)
+    arguments += ["--model.dim_mults", str(list(options.model.dim_mults)), "--gradient_clip", str(clip)]
+    arguments += ["--steps", "3", "--log_every", "1"]
+    two_processes("train", "denoiser", "--out", str(tmp_path / "two"), *arguments, launcher=launcher)
 
     data = LatentDataset(latents, 8)
     torch.manual_seed(0)
@@ -222,7 +205,8 @@ def test_two_processes_train_one_denoiser_with_the_mean_of_their_gradients(
     adam = torch.optim.Adam(network.parameters(), options.learning_rate)
     batches = [iter(Draws(data.sizes, 1, 0, rank=rank, world_size=2)) for rank in range(2)]
     schedule = NoiseSchedule(ScheduleConfig())
-    for step in range(2):
+    losses = []
+    for step in range(3):
         for rank in range(2):
             torch.manual_seed(draw_seed(0, step, rank))
             x0, y = data[next(batches[rank])[0]]
@@ -230,9 +214,37 @@ def test_two_processes_train_one_denoiser_with_the_mean_of_their_gradients(
             noise, t = torch.randn_like(x0), torch.randint(1000, (1,))
             resolution = torch.tensor(x0.shape[2:]) / 64
             estimate = network(schedule.add_noise(x0, t, noise), t, torch.tensor([y]), resolution)
-            (0.5 * (estimate - noise).abs().mean()).backward()
+            loss = (estimate - noise).abs().mean()
+            (0.5 * loss).backward()
+            losses += [loss.item()] if rank == 0 else []
+        assert torch.nn.utils.clip_grad_norm_(network.parameters(), clip) > clip
         adam.step()
         adam.zero_grad()
+    assert [line["loss"] for line in statistics(str(tmp_path / "two"))] == pytest.approx(losses, rel=1e-4)
     trained = load_file(tmp_path / "two" / "model" / "denoiser" / "model.safetensors")
     for name, value in network.state_dict().items():
         torch.testing.assert_close(trained[name], value, rtol=1e-3, atol=2e-5, msg=name)
+
+
+def test_what_would_train_wrong_weights_is_refused(options, monkeypatch):
+    """DeepSpeed's shards, FSDP 1 and 2 as accelerate sets them up, and FSDP that is asked for where it has none."""
+    plugin = SimpleNamespace(fsdp_version=1, cpu_ram_efficient_loading=True, mixed_precision_policy="bf16")
+    state = SimpleNamespace(fsdp_plugin=plugin)
+    accelerator = SimpleNamespace(distributed_type=DistributedType.DEEPSPEED, state=state)
+    with pytest.raises(ValueError, match="DEEPSPEED is not served; configure accelerate for FSDP with fsdp_version 2"):
+        require_served(accelerator, True)
+    accelerator.distributed_type = DistributedType.FSDP
+    with pytest.raises(ValueError, match="FSDP 1 is not served"):
+        require_served(accelerator, True)
+    plugin.fsdp_version = 2
+    with pytest.raises(ValueError, match="an autoencoder changes its weights .*; configure accelerate for DDP"):
+        require_served(accelerator, False)
+    require_served(accelerator, True)
+    assert not plugin.cpu_ram_efficient_loading and plugin.mixed_precision_policy is None
+    (Path(options.out) / "checkpoints" / "step-00000002" / "pytorch_model_fsdp_0").mkdir(parents=True)
+    with pytest.raises(ValueError, match="step-00000002 was written with FSDP; go on in the same"):
+        train_denoiser(options)
+    AcceleratorState._reset_state(True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(ValueError, match="accelerate has no FSDP for CPUs"):
+        train_denoiser(options)
