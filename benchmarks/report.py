@@ -1,5 +1,6 @@
-"""Write the tables of results: whole jobs into the README, everything into benchmarks/results/README.md, and the scores
-of the model that ships into the README and its card.
+"""Write what the results say: whole jobs into the README, everything into benchmarks/results/README.md, time and memory
+against the size of the volume into a plot per device, and the scores of the model that ships into the README and its
+card.
 
     python benchmarks/report.py
 
@@ -10,10 +11,12 @@ Scores are those that `meddiff evaluate` wrote beside the model's weights.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
-from common import RESULTS, ROOT
+from common import RESULTS, ROOT, slug
+from plot import figures, write_plot
 
 _DEMO = ROOT / "meddiff" / "demo"
 _SCORES = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "seam": "seam score"}
@@ -40,16 +43,28 @@ def newest() -> dict[tuple[str, ...], dict]:
     return dict(sorted(lines.items()))
 
 
+def _peer(line: dict) -> str:
+    """The best peer: the one that comes closest, or is furthest ahead."""
+    peers = {name[2:]: ratio for name, ratio in line.items() if name.startswith("x_")}
+    if not peers:
+        return "–"
+    best = min(peers, key=peers.get)
+    figures = line.get("peers", {}).get(best)
+    words = [best.replace("_", " "), *([] if figures is None else [_time(figures["ms_p50"]), _memory(figures)])]
+    return f"{peers[best]:.2f} ({', '.join(words)})"
+
+
+def _memory(figures: dict) -> str:
+    return "–" if figures["peak_bytes"] is None else f"{figures['peak_bytes'] / 2**30:.2f} GiB"
+
+
 def row(line: dict, with_name: bool) -> list[str]:
-    """The best peer is the one that comes closest, or is furthest ahead."""
-    peers = {name[2:].replace("_", " "): ratio for name, ratio in line.items() if name.startswith("x_")}
-    best = min(peers, key=peers.get, default=None)
     return [
         f"{line['benchmark']}: {line['case']}" if with_name else line["case"],
         line["dtype"],
         _time(line["ms_p50"]),
-        "–" if line["peak_bytes"] is None else f"{line['peak_bytes'] / 2**30:.2f} GiB",
-        "–" if best is None else f"{peers[best]:.2f} ({best})",
+        _memory(line),
+        _peer(line),
         f"{line['device']}, PyTorch {line['versions']['torch']}",
         f"`{line['command']}`",
     ]
@@ -83,6 +98,20 @@ def insert(file: Path, name: str, text: str) -> None:
     file.write_text(before + begin + text + end + after)
 
 
+def plots(lines: Iterable[dict]) -> str:
+    """Draw a plot for each device that has anything to plot; what shows them in Markdown."""
+    devices: dict[str, list[dict]] = {}
+    for line in lines:
+        devices.setdefault(line["device"], []).append(line)
+    text = ""
+    for device, of_device in devices.items():
+        if found := figures(of_device):
+            path = RESULTS / f"{slug(device)}.svg"
+            write_plot(path, device, found)
+            text += f"![time and peak memory against the size of the volume, {device}]({path.name})\n\n"
+    return text
+
+
 def main() -> None:
     lines = newest()
     everything = [row(line, with_name=True) for line in lines.values()]
@@ -91,7 +120,7 @@ def main() -> None:
     for benchmark in sorted((operators | {benchmark for _, benchmark, *_ in lines}) - on_gpu):
         everything.append([benchmark, "", "not yet run on a GPU", "", "", "NVIDIA", "`benchmarks/on_gpu.sh`"])
     text = "Every measured case; written by `python benchmarks/report.py` from the lines in this folder.\n\n"
-    (RESULTS / "README.md").write_text(text + table(_HEADER, everything))
+    (RESULTS / "README.md").write_text(text + plots(lines.values()) + table(_HEADER, everything))
     jobs = [row(line, with_name=False) for line in lines.values() if line["benchmark"] in _JOBS]
     insert(ROOT / "README.md", "results", table(_HEADER, jobs))
     header, quality = ["reconstruction", "of", *_SCORES.values(), "of the original"], scores()
