@@ -25,6 +25,13 @@ _EVALUATIONS = {  # what was decoded how → file of the evaluation, prefix of i
     "after stage 2, decoded jointly": ("evaluation.json", ""),
 }
 _JOBS = ("biflownet_step", "joint_decode", "sample_512")
+_DISTANCES = {"latent, RMSE": "{:.4f}", "volume, RMSE": "{:.4f}", "volume, PSNR in dB": "{:.1f}"}
+_SOLVERS = """## Solvers
+
+Distances are to DDIM (eta 0) in every step of the schedule, from the same noise. DDPM draws fresh noise: its distance
+is that of two samples of one class. `python benchmarks/bench_sampler.py`.
+
+"""
 _HEADER = ["case", "dtype", "time, p50", "peak memory", "× best peer", "device", "command"]
 
 
@@ -112,15 +119,37 @@ def plots(lines: Iterable[dict]) -> str:
     return text
 
 
+def solvers(lines: Iterable[dict]) -> str:
+    """Tables of solver and steps, in Markdown: what each costs, and how far it ends from DDIM in all steps."""
+    cases: dict[str, list[dict]] = {}
+    for line in lines:
+        if "of" in line:  # else of a version that measured other distances
+            cases.setdefault(f"{line['of']}, {line['dtype']}; {line['device']}", []).append(line)
+    text = ""
+    for case, found in cases.items():
+        rows = []
+        for line in sorted(found, key=lambda line: (line["solver"], line["steps"])):
+            figures = [line.get(key) for key in ("latent_rmse", "volume_rmse", "volume_psnr")]
+            cells = ["–" if value is None else form.format(value) for value, form in zip(figures, _DISTANCES.values())]
+            times = _time(1e3 * line["sample_seconds"]), _time(line["ms_p50"])
+            rows.append([line["solver"], str(line["steps"]), *times, *cells])
+        header = ["solver", "steps", "sampling", "sampling and decoding", *_DISTANCES]
+        text += f"{case}:\n\n{table(header, rows)}\n"
+    return text and _SOLVERS + text
+
+
 def main() -> None:
     lines = newest()
-    everything = [row(line, with_name=True) for line in lines.values()]
+    everything = [row(line, with_name=True) for line in lines.values() if line["benchmark"] != "sampler"]
     on_gpu = {benchmark for device, benchmark, *_ in lines if "NVIDIA" in device}
     operators = {file.stem for file in (ROOT / "kernels").glob("[a-z]*.py")}
     for benchmark in sorted((operators | {benchmark for _, benchmark, *_ in lines}) - on_gpu):
         everything.append([benchmark, "", "not yet run on a GPU", "", "", "NVIDIA", "`benchmarks/on_gpu.sh`"])
     text = "Every measured case; written by `python benchmarks/report.py` from the lines in this folder.\n\n"
-    (RESULTS / "README.md").write_text(text + plots(lines.values()) + table(_HEADER, everything))
+    text += plots(lines.values()) + table(_HEADER, everything)
+    if of_solvers := solvers(lines.values()):
+        text += "\n" + of_solvers.rstrip("\n") + "\n"
+    (RESULTS / "README.md").write_text(text)
     jobs = [row(line, with_name=False) for line in lines.values() if line["benchmark"] in _JOBS]
     insert(ROOT / "README.md", "results", table(_HEADER, jobs))
     header, quality = ["reconstruction", "of", *_SCORES.values(), "of the original"], scores()
