@@ -9,7 +9,7 @@ from itertools import product
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from meddiff.config import AutoencoderConfig, DenoiserConfig
@@ -353,7 +353,7 @@ class BiFlowNet(nn.Module):
         grid = dict(zip("dhw", (size // self.config.sub_volume for size in x.shape[2:])))
         x = self.x_embedder.proj(x)
         x = rearrange(x, "b c (d i) (h j) (w k) -> (b d h w) (i j k) c", i=n, j=n, k=n) + self.pos_embed
-        condition = condition.repeat_interleave(math.prod(grid.values()), dim=0)
+        condition = repeat(condition, "b c -> (b n) c", n=math.prod(grid.values()))
         features, skips = [], []
 
         def feature(layer: FinalLayer) -> None:

@@ -140,6 +140,7 @@ def solvers(lines: Iterable[dict]) -> str:
 
 def main() -> None:
     lines = newest()
+    runs = [lines.pop(key) for key in list(lines) if key[1] == "on_gpu"]
     everything = [row(line, with_name=True) for line in lines.values() if line["benchmark"] != "sampler"]
     on_gpu = {benchmark for device, benchmark, *_ in lines if "NVIDIA" in device}
     operators = {file.stem for file in (ROOT / "kernels").glob("[a-z]*.py")}
@@ -149,6 +150,9 @@ def main() -> None:
     text += plots(lines.values()) + table(_HEADER, everything)
     if of_solvers := solvers(lines.values()):
         text += "\n" + of_solvers.rstrip("\n") + "\n"
+    for run in runs:
+        text += f"\n## benchmarks/on_gpu.sh on {run['machine']}, {run['date'][:10]}\n\n"
+        text += "".join(f"- {part}\n" for part in [*run["parts"], *run["tests"]["failed"]])
     (RESULTS / "README.md").write_text(text)
     jobs = [row(line, with_name=False) for line in lines.values() if line["benchmark"] in _JOBS]
     insert(ROOT / "README.md", "results", table(_HEADER, jobs))

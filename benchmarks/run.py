@@ -63,6 +63,7 @@ SETS = {
         "bench_patchify.py",
         "bench_autoencoder.py --repeats 3",
         "bench_controlnet.py --size 64",
+        "bench_sampler.py --no-ddpm",
     ),
 }
 
