@@ -113,7 +113,7 @@ def _bench(
         line = {"benchmark": "backend", "case": case, "dtype": name} | figures
         ratio = plain["ms_p50"] / figures["ms_p50"]
         if same:
-            line |= {"x_plain": ratio, "plain_peak_bytes": plain["peak_bytes"]}
+            line |= {"x_plain": ratio, "peers": {"plain": plain}}
         append_result(line, device)
         rows.append([case, name, *_cells(figures), f"{ratio:.1f}" if same else "not the same"])
     return rows

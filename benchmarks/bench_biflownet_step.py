@@ -185,13 +185,15 @@ def main() -> None:
             return [name, f"{figures['ms_p50']:.1f}", peak, ratio, f"{difference:.1e}"]
 
         rows = [row("meddiff", figures, "", difference)]
-        for key, (title, peer) in zip(("x_published", "x_best_setting"), peers.items()):
+        line["peers"] = {}
+        for key, (title, peer) in zip(("published", "best_setting"), peers.items()):
             other = measure(peer, device, min(3, arguments.repeats))
             off = ((peer() - wanted).norm() / wanted.norm()).item()
             ratio = other["ms_p50"] / figures["ms_p50"]
             comparable = same and off <= _TOLERANCE[dtype]
-            if comparable and not (key == "x_best_setting" and arguments.no_compile):
-                line[key] = ratio
+            if comparable and not (key == "best_setting" and arguments.no_compile):
+                line[f"x_{key}"] = ratio
+                line["peers"][key] = other
             rows.append(row(title, other, f"{ratio:.1f}" if comparable else "not comparable", off))
     append_result(line, device)
     print(f"{case}, {name}")

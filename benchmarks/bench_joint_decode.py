@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common import append_result, print_table
+from common import append_result, is_out_of_memory, limit_memory, print_table
 from torch import Tensor, nn
 
 from meddiff.config import PRESETS
@@ -56,6 +56,7 @@ def _plain(module: nn.Module) -> nn.Module:
 def work(case: dict) -> dict:
     """One case, in this process: seconds of each repeat, peaks, and the seam score; the volume goes to a file."""
     device, dtype = torch.device(case["device"]), getattr(torch, case["dtype"])
+    limit_memory(device)
     torch.manual_seed(0)
     autoencoder = PatchVolumeAutoencoder(PRESETS[case["preset"]].autoencoder).eval().requires_grad_(False)
     way = case["way"]
@@ -108,11 +109,12 @@ def work(case: dict) -> dict:
 
 
 def measure(case: dict, folder: Path) -> dict:
+    """`work` in a process of its own, or {"failed": why}."""
     case = case | {"volume": str(folder / f"{case['name']}.pt")}
     command = [sys.executable, __file__, "--case", json.dumps(case)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
     if done.returncode:
-        return {"failed": done.returncode}
+        return {"failed": f"exit code {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -135,7 +137,13 @@ def main() -> None:
     parser.add_argument("--case", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.case:
-        print(json.dumps(work(json.loads(arguments.case))))
+        try:
+            result = work(json.loads(arguments.case))
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            result = {"failed": "not enough memory"}
+        print(json.dumps(result))
         return
 
     device = arguments.device
@@ -161,7 +169,7 @@ def report(name: str, results: dict, common: dict, folder: Path, figures, device
     result, size, dtype = results[name], common["size"], common["dtype"]
     case = f"{common['preset']}, {size}³, {name}"
     if "failed" in result:
-        rows.append([f"{case}: failed with exit code {result['failed']}", *[""] * 8])
+        rows.append([f"{case}: {result['failed']}", *[""] * 8])
         return
     p20, p50, p80 = np.percentile([1e3 * s for s in result["seconds"]], (20, 50, 80))
     above = result["peak_bytes"] - result["loaded_bytes"]
@@ -174,14 +182,18 @@ def report(name: str, results: dict, common: dict, folder: Path, figures, device
         line |= {"ms_p50": p50, "ms_p20": p20, "ms_p80": p80, "peak_bytes": result["peak_bytes"] or None}
         line |= {"peak_above_model_bytes": above, "planned_bytes": result["planned_bytes"], "share_of_limit": share}
         line |= {"tflops_per_second": result["flops"] / p50 / 1e9, "seam_score": result.get("seam_score")}
-        for peer in _PEERS:
-            if peer not in results or "failed" in results[peer]:
+        line["peers"] = {}
+        for peer in filter(results.__contains__, _PEERS):
+            other = results[peer]
+            if "failed" in other:
+                line["peers"][peer] = {"not_run": other["failed"]}
                 continue
+            times = {"ms_p50": 1e3 * float(np.median(other["seconds"])), "peak_bytes": other["peak_bytes"] or None}
             if peer == "disjoint":  # another result, on purpose
-                line["seam_score_disjoint"] = results[peer].get("seam_score")
+                line["peers"][peer] = times | {"seam_score": other.get("seam_score")}
             elif difference(folder, name, peer) < _TOLERANCE[dtype]:
-                line[f"x_{peer}"] = 1e3 * float(np.median(results[peer]["seconds"])) / p50
-                line[f"peak_bytes_{peer}"] = results[peer]["peak_bytes"] or None
+                line["peers"][peer] = times
+                line[f"x_{peer}"] = times["ms_p50"] / p50
         append_result(line, device)
     else:
         joint = next(other for other in results if other.startswith("joint"))

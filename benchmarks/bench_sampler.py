@@ -1,18 +1,18 @@
-"""Solvers and numbers of steps: seconds, and how far latent and decoded volume are from those of all 1000 steps.
+"""Solvers and numbers of steps: seconds per volume, and how far latent and decoded volume are from DDIM's in all steps.
 
-Distances are root mean squares, to the result of DDIM and to that of DDPM in every step of the schedule.
+    python benchmarks/bench_sampler.py --model demo --steps 5 10 20 50
+    python benchmarks/bench_sampler.py --preset tiny --size 64 64 64
 
-    python benchmarks/bench_sampler.py --model DIR --steps 5 10 20 50
-
-All begin with the same noise. DDIM and DPM-Solver++ follow the same path, whose best known end is DDIM's in all steps;
-DDPM draws fresh noise, so that its distance says how far apart two samples of one class are. Latents are in the
-denoiser's range, about [-1, 1], volumes in [-1, 1]. Distances are means over the seeds, seconds their median, of
-sampling alone.
+All begin with the same noise. DDIM (eta 0) and DPM-Solver++ follow the same path, whose best known end is DDIM's in
+every step of the schedule: the reference. DDPM draws fresh noise, so that its distance is that of two samples of one
+class: what a solver's distance has to be compared with. Latents are in the denoiser's range, about [-1, 1], volumes in
+[-1, 1]. Distances are root mean squares, means over the seeds; PSNR takes a range of 2; seconds are medians.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import statistics
 
 import torch
@@ -20,17 +20,20 @@ from common import append_result, print_table
 from torch import Tensor
 
 import meddiff
+from meddiff.config import PRESETS
 from meddiff.resources import Stage, StageMeter, default_device
 from meddiff.sampling import SOLVERS
 
 
-def rms(a: Tensor, b: Tensor) -> float:
-    return (a.double() - b.double()).square().mean().sqrt().item()
+def rmse(a: list[Tensor], b: list[Tensor]) -> float:
+    return statistics.fmean((x.double() - y.double()).square().mean().sqrt().item() for x, y in zip(a, b))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--model", required=True, help="model folder or Hugging Face repository")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--model", default="demo", help="model folder or Hugging Face repository")
+    source.add_argument("--preset", choices=sorted(PRESETS), help="random weights instead")
     parser.add_argument("--anatomy", help="by default the model's first")
     parser.add_argument("--size", type=int, nargs=3, metavar=("X", "Y", "Z"), help="voxels; by default the anatomy's")
     parser.add_argument("--steps", type=int, nargs="+", default=[5, 10, 20, 50, 100])
@@ -44,19 +47,24 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
     arguments = parser.parse_args()
     dtype = arguments.dtype and getattr(torch, arguments.dtype)
-    model = meddiff.from_pretrained(arguments.model, arguments.device, dtype)
+    if arguments.preset:
+        model = meddiff.untrained(arguments.preset, 0, arguments.device, dtype)
+    else:
+        model = meddiff.from_pretrained(arguments.model, arguments.device, dtype)
     target = model.target(arguments.anatomy, arguments.size)
     size = model.latent_size(target.size)
 
     def run(solver: str, steps: int, **options: str) -> tuple[list[Tensor], list[Tensor], list[Stage]]:
-        """Latents and volumes of the seeds, and what sampling them took."""
-        latents, meter = [], StageMeter(arguments.device)
+        """Latents and volumes of the seeds, and what sampling and decoding each of them took."""
+        latents, volumes, meter = [], [], StageMeter(arguments.device)
         for seed in range(arguments.seeds):
             with meter.stage("sample"):
                 latents.append(model.sample(size, target.class_index, solver=solver, steps=steps, seed=seed, **options))
-        return latents, [model.decode_latent(latent) for latent in latents], meter.stages
+            with meter.stage("decode"):
+                volumes.append(model.decode_latent(latents[-1]))
+        return latents, volumes, meter.stages
 
-    model.sample(size, target.class_index, steps=2)  # warms up
+    model.decode_latent(model.sample(size, target.class_index, steps=2))  # warms up
     every = model.schedule.timesteps
     runs = {("ddim", every): run("ddim", every)}
     if not arguments.no_ddpm:
@@ -66,31 +74,38 @@ def main() -> None:
             if (solver, steps) not in runs:
                 runs[solver, steps] = run(solver, steps, timestep_spacing=arguments.timestep_spacing)
 
-    case = f"{target.anatomy} {'×'.join(map(str, target.size))}, {arguments.seeds} seeds"
-    names = [name for name in ("ddim", "ddpm") if (name, every) in runs]
+    name = arguments.preset or (arguments.model if arguments.model == "demo" else "trained model")
+    case = f"{name}, {target.anatomy} {'×'.join(map(str, target.size))}, {arguments.seeds} seeds"
+    spacing = "" if arguments.timestep_spacing == "linspace" else f", {arguments.timestep_spacing}"
+    wanted_latents, wanted_volumes, _ = runs["ddim", every]
     rows = []
     for (solver, steps), (latents, volumes, stages) in runs.items():
-        seconds = statistics.median(stage.seconds for stage in stages)
+        sampling, decoding = (
+            statistics.median(stage.seconds for stage in stages if stage.name == what) for what in ("sample", "decode")
+        )
         line = {
             "benchmark": "sampler",
-            "case": f"{case}, {solver}, {steps} steps",
+            "case": f"{case}, {solver}, {steps} steps{spacing}",
             "dtype": str(model.dtype).removeprefix("torch."),
-            "timestep_spacing": arguments.timestep_spacing,
-            "ms_p50": 1e3 * seconds,
+            "of": case + spacing,
+            "solver": solver,
+            "steps": steps,
+            "ms_p50": 1e3 * (sampling + decoding),
+            "sample_seconds": sampling,
             "peak_bytes": max((stage.peak_bytes or 0) for stage in stages) or None,
             "model": {"trained": model.trained, "sha256": model.fingerprint},
         }
-        row = [f"{solver}, {steps}", f"{seconds:.2f}"]
-        for name in names:
-            for what, ours, theirs in zip(("latent", "volume"), (latents, volumes), runs[name, every]):
-                distance = sum(map(rms, ours, theirs)) / len(ours)
-                line[f"{what}_rms_to_{name}"] = distance
-                row.append(f"{distance:.4f}")
+        if (solver, steps) != ("ddim", every):
+            error = rmse(volumes, wanted_volumes)
+            line |= {"latent_rmse": rmse(latents, wanted_latents), "volume_rmse": error}
+            line["volume_psnr"] = 20 * math.log10(2 / error) if error else None
         append_result(line, arguments.device)
-        rows.append(row)
-    print(case)
-    distances = [f"{what} to {name}, {every}" for name in names for what in ("latent", "volume")]
-    print_table(["solver, steps", "seconds", *distances], rows)
+        distances = [
+            f"{line[key]:.4g}" if line.get(key) else "" for key in ("latent_rmse", "volume_rmse", "volume_psnr")
+        ]
+        rows.append([f"{solver}, {steps}", f"{sampling:.2f}", f"{sampling + decoding:.2f}", *distances])
+    print(f"{case}{spacing}; distances to ddim, {every}")
+    print_table(["solver, steps", "s sampling", "s per volume", "latent RMSE", "volume RMSE", "volume PSNR, dB"], rows)
 
 
 if __name__ == "__main__":

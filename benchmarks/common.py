@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import re
+import resource
 import shlex
 import subprocess
 import sys
@@ -17,12 +18,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from meddiff.resources import StageMeter
+from meddiff.resources import StageMeter, available_bytes
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does; the peers gain as well
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+_SHARE_OF_FREE = 0.9  # of the free memory; others need some too
 
 
 def device_name(device: torch.device) -> str:
@@ -65,6 +67,18 @@ def environment(device: torch.device) -> dict:
     }
 
 
+def limit_memory(device: torch.device) -> None:
+    """On the CPU a process that asks for more than is free now gets an error, instead of all of them being killed."""
+    free = available_bytes(device) if device.type == "cpu" else None
+    if free is not None:
+        resource.setrlimit(resource.RLIMIT_DATA, (int(_SHARE_OF_FREE * free), resource.RLIM_INFINITY))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how PyTorch says that memory does not suffice: on a GPU, or by the allocator of the CPU."""
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
+
+
 def measure(work: Callable[[], object], device: torch.device, repeats: int) -> dict:
     """Run `work` once to warm up, then `repeats` times: milliseconds p50, p20, p80 and peak memory of those."""
     work()
@@ -77,10 +91,18 @@ def measure(work: Callable[[], object], device: torch.device, repeats: int) -> d
     return {"ms_p50": p50, "ms_p20": p20, "ms_p80": p80, "peak_bytes": peak}
 
 
+def slug(name: str) -> str:
+    """A device's name as that of a file."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
 def append_result(line: dict, device: torch.device) -> Path:
-    """Append one JSON line to results/<device>.jsonl, with `environment` in it, and return that file."""
-    slug = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-")
-    path = RESULTS / f"{slug}.jsonl"
+    """Append one JSON line to results/<device>.jsonl, with `environment` in it, and return that file.
+
+    Every line has `benchmark`, `case`, `dtype`, `ms_p50` and `peak_bytes`. Peers with the same result are in
+    `x_<peer>`, their time over ours, and in `peers`: {peer: {ms_p50, peak_bytes}}, or {peer: {not_run: why}}.
+    """
+    path = RESULTS / f"{slug(device_name(device))}.jsonl"
     RESULTS.mkdir(exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps(line | environment(device), ensure_ascii=False) + "\n")

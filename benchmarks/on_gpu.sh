@@ -1,11 +1,13 @@
 #!/usr/bin/env bash
-# Everything that needs a CUDA device, within ten minutes: build, tests, compute-sanitizer, benchmarks of the operators.
+# Everything that needs a CUDA device, within ten minutes: build, tests, compute-sanitizer, the benchmarks of the set
+# `gpu` of run.py.
 #
 #   benchmarks/on_gpu.sh [FOLDER]
 #
 # It uses the `python` on PATH with meddiff's dependencies and pytest in it, and installs nothing but meddiff itself. A
-# part that fails or takes too long does not stop the others. FOLDER ($OUT, or out/) gets a log of each part, the lines
-# of the benchmarks and summary.txt. Exit code: 0 all parts passed, 1 some failed, 2 no CUDA device.
+# part that fails or takes too long does not stop the others. FOLDER ($OUT, or out/) gets a log of each part, summary.txt,
+# and one file to commit, benchmarks/results/<device>.jsonl with the new lines and one that tells of this run. Exit code:
+# 0 all parts passed, 1 some failed, 2 no CUDA device.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 
@@ -21,6 +23,7 @@ fi
 unset TRITON_INTERPRET
 out=${1:-${OUT:-out}}
 mkdir -p "$out"
+rm -f "$out/benchmarks.txt"
 out=$(realpath "$out")
 
 echo "$found" | tee "$out/summary.txt"
@@ -49,7 +52,7 @@ part() {
 
 part build 120 env MEDDIFF_CUDA=1 python -m pip install --no-deps --no-build-isolation -e .
 part doctor 20 python -m meddiff.cli doctor
-part tests 180 python -m pytest -m gpu -ra
+part tests 150 python -m pytest -m gpu -ra
 
 sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer)
 if [[ -n $sanitizer ]]; then
@@ -58,17 +61,18 @@ if [[ -n $sanitizer ]]; then
     awk -F'[' '/::/ && seen[$1]++ < 3')
   for tool in memcheck racecheck; do
     # every tensor a block of its own, so that memcheck sees where it ends
-    part "$tool" 75 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
+    part "$tool" 60 env PYTORCH_NO_CUDA_MEMORY_CACHING=1 "$sanitizer" --tool "$tool" --error-exitcode 9 \
       python -m pytest -q "${tests[@]:-no-gpu-test-was-collected}"
   done
 else
   echo "memcheck, racecheck: skipped, compute-sanitizer was not found" | tee -a "$out/summary.txt"
 fi
 
-for benchmark in benchmarks/bench_*.py; do
-  part "$(basename "$benchmark" .py)" 60 python "$benchmark"
-done
-find benchmarks/results -name '*.jsonl' -newer "$out/build.log" -exec cp {} "$out" \;
+left=$((deadline - SECONDS - 15))
+part benchmarks $((left + 5)) python benchmarks/run.py gpu --limit 90 --within "$left" --summary "$out/benchmarks.txt"
+[[ -e $out/benchmarks.txt ]] && sed 's/^/  /' "$out/benchmarks.txt" >> "$out/summary.txt"
 
-echo "logs and lines: $out"
+python benchmarks/record_run.py "$out" || failed=1
+
+echo "logs and the file to commit: $out"
 exit "$failed"

@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import product
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, repeat
 from torch import Tensor, nn
 
 from meddiff.config import AutoencoderConfig, DenoiserConfig
@@ -164,7 +165,7 @@ class Autoencoder(nn.Module):
         """A latent, which `quantize` replaces by its codes, or indices."""
         index = self.codebook(latent)["encodings"] if quantize else latent
         rows = F.embedding(index, self.codebook.embeddings).movedim(-1, 1)
-        return self.decoder(self.post_vq_conv(rows))
+        return self.decoder(self.post_vq_conv(rows.to(self.post_vq_conv.weight.dtype)))
 
     def decode_sliding(self, latent: Tensor, quantize: bool = False, tile: int = 32) -> Tensor:
         """Disjoint tiles of the latent, each with statistics of its own."""
@@ -352,7 +353,7 @@ class BiFlowNet(nn.Module):
         grid = dict(zip("dhw", (size // self.config.sub_volume for size in x.shape[2:])))
         x = self.x_embedder.proj(x)
         x = rearrange(x, "b c (d i) (h j) (w k) -> (b d h w) (i j k) c", i=n, j=n, k=n) + self.pos_embed
-        condition = condition.repeat_interleave(math.prod(grid.values()), dim=0)
+        condition = repeat(condition, "b c -> (b n) c", n=math.prod(grid.values()))
         features, skips = [], []
 
         def feature(layer: FinalLayer) -> None:
@@ -369,3 +370,38 @@ class BiFlowNet(nn.Module):
             x = block(x, condition, skips.pop())
             feature(final)
         return features
+
+
+class ChunkedCodebook(nn.Module):
+    """The nearest codes without a matrix of all tokens and codes: what a user of plain PyTorch would write."""
+
+    def __init__(self, codebook: Codebook, chunk: int = 4096) -> None:
+        super().__init__()
+        self.register_buffer("embeddings", codebook.embeddings)
+        self.chunk = chunk
+
+    def forward(self, z: Tensor) -> dict[str, Tensor]:
+        flat, half = z.movedim(1, -1).flatten(0, -2), 0.5 * self.embeddings.square().sum(1)
+        index = torch.cat([(rows @ self.embeddings.T - half).argmax(1) for rows in flat.split(self.chunk)])
+        return {"encodings": index.view(z.shape[0], *z.shape[2:])}
+
+
+def sample_ddim(
+    denoiser: Callable[..., Tensor],
+    schedule: nn.Module,
+    noise: Tensor,
+    y: Tensor,
+    timesteps: list[int],
+    dtype: torch.dtype,
+    channels_last: bool = False,
+) -> Tensor:
+    """The published DDIM loop with eta 0: noise float32 [B, C, D, H, W] → latent in the denoiser's range."""
+    x, resolution = noise, torch.tensor([[n / 64 for n in noise.shape[2:]]], dtype=dtype, device=noise.device)
+    layout = torch.channels_last_3d if channels_last else torch.contiguous_format
+    for t, following in zip(timesteps, [*timesteps[1:], 0]):
+        time = torch.full((len(x),), t, device=x.device)
+        estimate = denoiser(x.to(dtype, memory_format=layout), time, y=y, res=resolution).float()
+        signal, after = schedule.alphas_cumprod[t], schedule.alphas_cumprod[following]
+        x0 = ((x - (1 - signal).sqrt() * estimate) / signal.sqrt()).clamp(-1, 1)
+        x = after.sqrt() * x0 + (1 - after).sqrt() * estimate
+    return x

@@ -1,5 +1,6 @@
-"""Write the tables of results: whole jobs into the README, everything into benchmarks/results/README.md, and the scores
-of the model that ships into the README and its card.
+"""Write what the results say: whole jobs into the README, everything into benchmarks/results/README.md, time and memory
+against the size of the volume into a plot per device, and the scores of the model that ships into the README and its
+card.
 
     python benchmarks/report.py
 
@@ -10,10 +11,12 @@ Scores are those that `meddiff evaluate` wrote beside the model's weights.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
 
-from common import RESULTS, ROOT
+from common import RESULTS, ROOT, slug
+from plot import figures, write_plot
 
 _DEMO = ROOT / "meddiff" / "demo"
 _SCORES = {"psnr": "PSNR, dB", "ssim": "SSIM", "ms_ssim": "MS-SSIM", "seam": "seam score"}
@@ -22,6 +25,13 @@ _EVALUATIONS = {  # what was decoded how → file of the evaluation, prefix of i
     "after stage 2, decoded jointly": ("evaluation.json", ""),
 }
 _JOBS = ("biflownet_step", "joint_decode", "sample_512")
+_DISTANCES = {"latent, RMSE": "{:.4f}", "volume, RMSE": "{:.4f}", "volume, PSNR in dB": "{:.1f}"}
+_SOLVERS = """## Solvers
+
+Distances are to DDIM (eta 0) in every step of the schedule, from the same noise. DDPM draws fresh noise: its distance
+is that of two samples of one class. `python benchmarks/bench_sampler.py`.
+
+"""
 _HEADER = ["case", "dtype", "time, p50", "peak memory", "× best peer", "device", "command"]
 
 
@@ -40,16 +50,28 @@ def newest() -> dict[tuple[str, ...], dict]:
     return dict(sorted(lines.items()))
 
 
+def _peer(line: dict) -> str:
+    """The best peer: the one that comes closest, or is furthest ahead."""
+    peers = {name[2:]: ratio for name, ratio in line.items() if name.startswith("x_")}
+    if not peers:
+        return "–"
+    best = min(peers, key=peers.get)
+    figures = line.get("peers", {}).get(best)
+    words = [best.replace("_", " "), *([] if figures is None else [_time(figures["ms_p50"]), _memory(figures)])]
+    return f"{peers[best]:.2f} ({', '.join(words)})"
+
+
+def _memory(figures: dict) -> str:
+    return "–" if figures["peak_bytes"] is None else f"{figures['peak_bytes'] / 2**30:.2f} GiB"
+
+
 def row(line: dict, with_name: bool) -> list[str]:
-    """The best peer is the one that comes closest, or is furthest ahead."""
-    peers = {name[2:].replace("_", " "): ratio for name, ratio in line.items() if name.startswith("x_")}
-    best = min(peers, key=peers.get, default=None)
     return [
         f"{line['benchmark']}: {line['case']}" if with_name else line["case"],
         line["dtype"],
         _time(line["ms_p50"]),
-        "–" if line["peak_bytes"] is None else f"{line['peak_bytes'] / 2**30:.2f} GiB",
-        "–" if best is None else f"{peers[best]:.2f} ({best})",
+        _memory(line),
+        _peer(line),
         f"{line['device']}, PyTorch {line['versions']['torch']}",
         f"`{line['command']}`",
     ]
@@ -83,15 +105,55 @@ def insert(file: Path, name: str, text: str) -> None:
     file.write_text(before + begin + text + end + after)
 
 
+def plots(lines: Iterable[dict]) -> str:
+    """Draw a plot for each device that has anything to plot; what shows them in Markdown."""
+    devices: dict[str, list[dict]] = {}
+    for line in lines:
+        devices.setdefault(line["device"], []).append(line)
+    text = ""
+    for device, of_device in devices.items():
+        if found := figures(of_device):
+            path = RESULTS / f"{slug(device)}.svg"
+            write_plot(path, device, found)
+            text += f"![time and peak memory against the size of the volume, {device}]({path.name})\n\n"
+    return text
+
+
+def solvers(lines: Iterable[dict]) -> str:
+    """Tables of solver and steps, in Markdown: what each costs, and how far it ends from DDIM in all steps."""
+    cases: dict[str, list[dict]] = {}
+    for line in lines:
+        if "of" in line:  # else of a version that measured other distances
+            cases.setdefault(f"{line['of']}, {line['dtype']}; {line['device']}", []).append(line)
+    text = ""
+    for case, found in cases.items():
+        rows = []
+        for line in sorted(found, key=lambda line: (line["solver"], line["steps"])):
+            figures = [line.get(key) for key in ("latent_rmse", "volume_rmse", "volume_psnr")]
+            cells = ["–" if value is None else form.format(value) for value, form in zip(figures, _DISTANCES.values())]
+            times = _time(1e3 * line["sample_seconds"]), _time(line["ms_p50"])
+            rows.append([line["solver"], str(line["steps"]), *times, *cells])
+        header = ["solver", "steps", "sampling", "sampling and decoding", *_DISTANCES]
+        text += f"{case}:\n\n{table(header, rows)}\n"
+    return text and _SOLVERS + text
+
+
 def main() -> None:
     lines = newest()
-    everything = [row(line, with_name=True) for line in lines.values()]
+    runs = [lines.pop(key) for key in list(lines) if key[1] == "on_gpu"]
+    everything = [row(line, with_name=True) for line in lines.values() if line["benchmark"] != "sampler"]
     on_gpu = {benchmark for device, benchmark, *_ in lines if "NVIDIA" in device}
     operators = {file.stem for file in (ROOT / "kernels").glob("[a-z]*.py")}
     for benchmark in sorted((operators | {benchmark for _, benchmark, *_ in lines}) - on_gpu):
         everything.append([benchmark, "", "not yet run on a GPU", "", "", "NVIDIA", "`benchmarks/on_gpu.sh`"])
     text = "Every measured case; written by `python benchmarks/report.py` from the lines in this folder.\n\n"
-    (RESULTS / "README.md").write_text(text + table(_HEADER, everything))
+    text += plots(lines.values()) + table(_HEADER, everything)
+    if of_solvers := solvers(lines.values()):
+        text += "\n" + of_solvers.rstrip("\n") + "\n"
+    for run in runs:
+        text += f"\n## benchmarks/on_gpu.sh on {run['machine']}, {run['date'][:10]}\n\n"
+        text += "".join(f"- {part}\n" for part in [*run["parts"], *run["tests"]["failed"]])
+    (RESULTS / "README.md").write_text(text)
     jobs = [row(line, with_name=False) for line in lines.values() if line["benchmark"] in _JOBS]
     insert(ROOT / "README.md", "results", table(_HEADER, jobs))
     header, quality = ["reconstruction", "of", *_SCORES.values(), "of the original"], scores()

@@ -1,9 +1,10 @@
 """The operators at small sizes under pytest-benchmark, to notice a change that makes one slower on this machine:
 
-    python -m pytest benchmarks --benchmark-save=before
-    python -m pytest benchmarks --benchmark-compare --benchmark-compare-fail=median:15%
+    python -m pytest benchmarks/test_operators.py --benchmark-save=baseline
+    python -m pytest benchmarks/test_operators.py --benchmark-compare --benchmark-compare-fail=median:20%
 
-The lines of the tables come from bench_*.py.
+The first stores a baseline in benchmarks/results/<device>/, the second compares with the last one that is there. The
+lines of the tables come from bench_*.py.
 """
 
 from __future__ import annotations

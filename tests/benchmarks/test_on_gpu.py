@@ -3,6 +3,7 @@ compute-sanitizer."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -18,7 +19,8 @@ PYTHON = """#!/bin/sh
 case "$*" in
   -c*) echo "a card, torch 2" ;;
   *--collect-only*) for i in 1 2 3 4 5; do echo "tests/kernels/test_a.py::test_cuda[$i]"; done ;;
-  *bench_vq_nearest.py) echo "different results"; exit 3 ;;
+  *"run.py gpu"*) echo "different results"; for last; do :; done
+    echo "bench_a.py: failed: exit code 3, 1 s" > "$last"; exit 1 ;;
   *"-m pytest -m gpu"*) echo "interpret: ${TRITON_INTERPRET-unset}" ;;
   *) echo "ran: $*, MEDDIFF_CUDA=$MEDDIFF_CUDA" ;;
 esac
@@ -51,25 +53,40 @@ def test_a_part_that_fails_does_not_stop_the_others(tmp_path: Path):
     out = tmp_path / "out"
     done = run(out, tmp_path, TRITON_INTERPRET="1")
     assert done.returncode == 1, done.stderr
-    benchmarks = sorted(path.stem for path in BENCHMARKS.glob("bench_*.py"))
-    parts = ["build", "doctor", "tests", "memcheck", "racecheck", *benchmarks]
-    head, *lines = (out / "summary.txt").read_text().splitlines()
+    parts = ["build", "doctor", "tests", "memcheck", "racecheck", "benchmarks"]
+    head, *lines, inner = (out / "summary.txt").read_text().splitlines()
     assert head == "a card, torch 2"
     results = {line.split(":")[0]: line.split(": ")[1].split(",")[0] for line in lines}
-    assert results == {part: "failed" if part == "bench_vq_nearest" else "passed" for part in parts}
-    assert "bench_vq_nearest: failed: exit code 3" in (out / "summary.txt").read_text()
+    assert results == {part: "failed" if part == "benchmarks" else "passed" for part in parts}
+    assert inner == "  bench_a.py: failed: exit code 3, 1 s"
     assert {path.stem for path in out.glob("*.log")} == set(parts)
-    assert "different results" in (out / "bench_vq_nearest.log").read_text()
+    assert "different results" in (out / "benchmarks.log").read_text()
     assert "install --no-deps --no-build-isolation -e ., MEDDIFF_CUDA=1" in (out / "build.log").read_text()
     assert "interpret: unset" in (out / "tests.log").read_text()
     checked = (out / "racecheck.log").read_text().splitlines()[-1]
     assert "--tool racecheck" in checked and "test_cuda[3]" in checked and "test_cuda[4]" not in checked
 
 
+def test_one_file_tells_of_the_run(script, tmp_path: Path):
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "summary.txt").write_text("a card, torch 2\nbuild: passed, 9 s\ntests: failed: exit code 1, 3 s\n")
+    (out / "tests.log").write_text("+ pytest\nFAILED tests/test_a.py::test_b - no\n== 1 failed, 7 passed in 3.1s ==\n")
+    (out / "memcheck.log").write_text("+ sanitizer\n7 passed in 2s\n========= ERROR SUMMARY: 0 errors\n")
+    path = script("record_run").record(out, torch.device("cpu"))
+    assert path.parent == out and path.read_text() == (tmp_path / "results" / path.name).read_text()
+    line = json.loads(path.read_text())
+    assert line["parts"] == ["build: passed, 9 s", "tests: failed: exit code 1, 3 s"] and line["commit"]
+    assert line["tests"]["last_words"] == ["1 failed, 7 passed in 3.1s"]
+    assert line["tests"]["failed"] == ["FAILED tests/test_a.py::test_b - no"]
+    assert line["memcheck"]["last_words"] == ["7 passed in 2s", "ERROR SUMMARY: 0 errors"]
+    assert line["racecheck"] == {"last_words": [], "failed": []}
+
+
 def test_no_sanitizer_is_no_failure(tmp_path: Path):
     if shutil.which("compute-sanitizer", path=f"{os.environ['PATH']}:/usr/local/cuda/bin"):
         pytest.skip("there is a compute-sanitizer")
-    install(tmp_path, python=PYTHON.replace("exit 3", "exit 0"))
+    install(tmp_path, python=PYTHON.replace("exit 1 ;;", "exit 0 ;;"))
     done = run(tmp_path / "out", tmp_path)
     assert done.returncode == 0, done.stderr
     assert "memcheck, racecheck: skipped, compute-sanitizer was not found" in (tmp_path / "out/summary.txt").read_text()
