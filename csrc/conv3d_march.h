@@ -40,7 +40,7 @@ MEDDIFF_DEVICE void multiply(float (&acc)[J][M][G][2][4], const Shared& shared, 
 
 // T: Bf16 or Fp16. M, G: 16-voxel rows and groups of 16 channels per warp. J, F: sets, and how many a plane completes.
 template <class T, int M, int G, int J, int F>
-__global__ void __launch_bounds__(256, 1) march_kernel(ConvLaunch c) {
+__global__ void __launch_bounds__(256, 1) march_kernel(const __grid_constant__ ConvLaunch c) {
   const ConvPlan& plan = c.plan;
   const ConvProblem& p = c.problem;
   const Shared shared = device::shared_memory();
