@@ -180,7 +180,8 @@ void wgmma(float (&d)[Size], uint64_t a_operand, uint64_t b_operand, T type) {
   const auto add = [=](float* sum) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32 % 4;
     float a[2][16], b[16];
-    for (int i = 0; i < 32; ++i) a[i / 16][i % 16] = element_of(a_operand, warp * 16 + lane / 4 + i / 16 * 8, i % 16, type);
+    for (int half = 0; half < 2; ++half)
+      for (int k = 0; k < 16; ++k) a[half][k] = element_of(a_operand, warp * 16 + lane / 4 + half * 8, k, type);
     for (int n = 0; n < N / 4; ++n) {
       for (int k = 0; k < 16; ++k) b[k] = element_of(b_operand, n / 2 * 8 + lane % 4 * 2 + n % 2, k, type);
       for (int half = 0; half < 2; ++half)
