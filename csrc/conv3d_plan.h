@@ -63,8 +63,8 @@ inline bool in_pieces(const ConvTensor& t, int64_t elements) {
   return t.size[1] % 8 == 0 && t.stride[1] == 1;
 }
 
-// The one place that says which kernel serves a call on the GPU. Whether wgmma, or cuDNN with separate kernels around it,
-// is faster for a shape is for benchmarks/bench_norm_silu_conv3d.py to say, on a GPU; until then everything comes here.
+// The one place that says which kernel serves a call on the GPU. Whether wgmma, or cuDNN with separate kernels around
+// it, is faster for a shape is for benchmarks/bench_norm_silu_conv3d.py to say, on a GPU; until then all comes here.
 inline ConvRoute conv_route(const ConvProblem& p) {
   if (p.type == ConvType::float32 || !in_pieces(p.x, 8)) return ConvRoute::direct;
   if (p.outputs() == 1 && p.kernel() == 3 && !p.residual.data && !p.statistics) return ConvRoute::project;

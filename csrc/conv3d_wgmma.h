@@ -18,7 +18,7 @@
 namespace meddiff {
 namespace {
 
-// Starts the products of one tap: acc += the 8 x 16 voxels at `at` times the weights of N columns, of Steps·16 channels.
+// Starts the products of one tap: acc += the 8 x 16 voxels at `at` times weights of N columns, of Steps·16 channels.
 // Everything is unrolled, and no branch lies between fence and commit, because ptxas gives up and serialises otherwise.
 template <class T, int Steps, int N, int Halves, int Size>
 MEDDIFF_DEVICE void multiply_tap(float (&acc)[Halves][Size], const Shared& shared, int at, int unit_bytes,

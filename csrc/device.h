@@ -1,5 +1,5 @@
-// Every GPU instruction of the convolutions but wgmma (device_wgmma.h), each beside what it does when the same source is
-// compiled for the host.
+// Every GPU instruction of the convolutions but wgmma (device_wgmma.h), each beside what it does when the same source
+// is compiled for the host.
 //
 // Host twins run in tests/csrc/emulate_cuda.h, which must be included first: one host thread per CUDA thread. What is
 // asynchronous on the GPU is as late as it may be there: cp_async16 leaves NaNs until cp_async_wait, so that a missing

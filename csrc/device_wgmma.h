@@ -1,6 +1,6 @@
 // wgmma and what it needs, beside what it does when the same source is compiled for the host; as device.h.
 //
-// Layouts are those of the PTX ISA ("Asynchronous Warpgroup Level Matrix Multiply-Accumulate", K-major without swizzle).
+// Layouts are those of the PTX ISA ("Asynchronous Warpgroup Level Matrix Multiply-Accumulate", K-major, no swizzle).
 // An operand in shared memory is made of core matrices, 8 rows (of A; columns of B) x 16 bytes along K, each 128
 // contiguous bytes at any multiple of 16. The host twins are as late and as strict as the GPU may be: products are
 // computed when they are waited for and are NaN until then, and they read a second copy of shared memory, which holds

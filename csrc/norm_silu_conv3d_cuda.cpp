@@ -57,12 +57,12 @@ void norm_silu_conv3d(const Tensor& x, const OptionalTensor& scale, const Option
     int major = 0, minor = 0;
     cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index());
     cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, x.get_device_index());
-    STD_TORCH_CHECK(major == 9 && minor == 0, "_norm_silu_conv3d_wgmma: the GPU must be of compute capability 9.0, got ",
-                    major, ".", minor, "; norm_silu_conv3d runs on it");
+    STD_TORCH_CHECK(major == 9 && minor == 0, "_norm_silu_conv3d_wgmma: the GPU must be of compute capability 9.0, ",
+                    "got ", major, ".", minor, "; norm_silu_conv3d runs on it");
   }
   const int64_t bytes = Wgmma ? norm_silu_conv3d_wgmma_workspace(p) : norm_silu_conv3d_cuda_workspace(p);
   STD_TORCH_CHECK(!Wgmma || bytes > 0, "_norm_silu_conv3d_wgmma: weight must be [O, C, 3, 3, 3] and the tensors "
-                  "channels-last bfloat16 or float16, with channels in multiples of 8; norm_silu_conv3d serves all others");
+                  "channels-last bfloat16 or float16, with channels in multiples of 8; norm_silu_conv3d serves the rest");
   const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
