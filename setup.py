@@ -25,7 +25,9 @@ TORCH = find_torch()
 NVCC = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin:{os.environ['PATH']}:/usr/local/cuda/bin")
 # PTX (compute_…) is for the GPUs between and after these
 GPUS = {"80": "sm_80,compute_80", "90a": "sm_90a", "100a": "sm_100a", "120": "sm_120,compute_120"}
+GENCODE = {f"sm{gpu}": f"-gencode 'arch=compute_{gpu},code=[{code}]'" for gpu, code in GPUS.items()}
 ISA_FLAGS = {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mfma -mprefer-vector-width=512"}  # of csrc/*_<isa>.cpp
+FILE_FLAGS = ISA_FLAGS | GENCODE  # csrc/*_<gpu>.cu is compiled for that alone
 CPU_KERNELS = ["adaln", "group_norm_silu", "vq_nearest", "window_attention"]
 CPU_SOURCES = [f"csrc/{op}{part}.cpp" for op in CPU_KERNELS for part in ("", "_portable")]
 CPU_SOURCES += ["csrc/bindings.cpp", "csrc/norm_silu_conv3d.cpp", "csrc/vq_fused.cpp"]
@@ -35,18 +37,17 @@ DEPENDS = ["csrc/build_backend.py", *sorted(glob("csrc/*.h"))]
 BUILD = Path("build", "ninja")
 
 
-def toolchain(library: str) -> tuple[str, str, str]:
-    """Compiler, flags for compiling and flags for linking of one of the libraries _cpu and _cuda."""
+def toolchain(library: str) -> tuple[str, str, str, str]:
+    """Compiler, flags for compiling, those that FILE_FLAGS replace, and flags for linking of _cpu or _cuda."""
     # float64 distances must not depend on whether the processor has fused operations: no contraction
     if library == "_cpu":
         link_flags = "-Wl,--no-as-needed -ltorch_cpu" if sys.platform == "linux" else "-ltorch_cpu"
-        return os.environ.get("CXX", "c++"), "-fPIC -fvisibility=hidden -ffp-contract=off $isa", link_flags
+        return os.environ.get("CXX", "c++"), "-fPIC -fvisibility=hidden -ffp-contract=off", "", link_flags
     known = subprocess.run([NVCC, "--list-gpu-code"], capture_output=True, text=True, check=True).stdout.split()
     flags = "--threads 4 -fmad=false -DUSE_CUDA -Xcompiler -fPIC,-fvisibility=hidden"
-    for gpu, code in GPUS.items():
-        flags += f" -gencode 'arch=compute_{gpu},code=[{code}]'" if f"sm_{gpu.rstrip('a')}" in known else ""
+    gencode = " ".join(GENCODE[f"sm{gpu}"] for gpu in GPUS if f"sm_{gpu.rstrip('a')}" in known)
     # libtorch leads to libtorch_cuda where torch is a CUDA build
-    return shlex.quote(NVCC), flags, "-Xlinker --no-as-needed -ltorch_cpu -ltorch"
+    return shlex.quote(NVCC), flags, gencode, "-Xlinker --no-as-needed -ltorch_cpu -ltorch"
 
 
 def write_ninja(libraries: dict[str, list[str]]) -> None:
@@ -59,13 +60,13 @@ def write_ninja(libraries: dict[str, list[str]]) -> None:
         ninja = Writer(file, width=1000)
         ninja.variable("builddir", str(BUILD))
         for library, sources in libraries.items():
-            compiler, compile_flags, link_flags = toolchain(library)
-            ninja.rule(library, f"{compiler} {compile_flags} {common}", "$in", "$out.d", deps="gcc")
+            compiler, compile_flags, file_flags, link_flags = toolchain(library)
+            ninja.rule(library, f"{compiler} {compile_flags} $flags {common}", "$in", "$out.d", deps="gcc")
             ninja.rule(f"{library}_link", f"{compiler} -shared $in -o $out -L{lib} {link_flags}", "$out")
             objects = {f"{BUILD}/{library}/{Path(source).name}.o": source for source in sources}
             for output, source in objects.items():
-                isa = Path(source).stem.rpartition("_")[2]
-                ninja.build(output, library, source, variables={"isa": ISA_FLAGS.get(isa, "")})
+                flags = FILE_FLAGS.get(Path(source).stem.rpartition("_")[2], file_flags)
+                ninja.build(output, library, source, variables={"flags": flags})
             ninja.build(f"{BUILD}/{library}.so", f"{library}_link", list(objects))
 
 

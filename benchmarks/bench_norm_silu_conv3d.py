@@ -1,11 +1,14 @@
 """Convolutions of the joint decoder, one tile each: norm, SiLU, convolution, residual and statistics in one operator,
 against the library's convolution with kernels of their own for what stands before and behind it.
 
+On a GPU of compute capability 9.0 there are two kernels: the one that norm_silu_conv3d takes, on mma.sync, and the one
+on wgmma, where that can serve the shape. A second table names the fastest way of each shape.
+
 python benchmarks/bench_norm_silu_conv3d.py
 python benchmarks/bench_norm_silu_conv3d.py --only 48-48 --size 64 --dtype float16
 
-The peer is eager PyTorch and the same under torch.compile, both in channels-last memory with cuDNN's autotuning. Until
-a GPU has run this, nothing says which of the ways is the faster one.
+The peer is eager PyTorch and the same under torch.compile, both in channels-last memory with cuDNN's autotuning. No
+GPU has run this yet: until one has, nothing says which of the ways is the faster one, and mma.sync stays the default.
 """
 
 from __future__ import annotations
@@ -52,8 +55,16 @@ def _peer(
     return y, *torch.var_mean(y.float(), (2, 3, 4), correction=0)
 
 
-def _run(name: str, size: int, dtype: torch.dtype, device: torch.device, repeats: int) -> list[list[str]]:
-    """The lines of a case; its figures are appended to the results."""
+def _has_wgmma(c: int, o: int, kernel: int, dtype: torch.dtype, device: torch.device) -> bool:
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    return kernel == 3 and dtype != torch.float32 and c % 8 == 0 and o % 8 == 0
+
+
+def _run(
+    name: str, size: int, dtype: torch.dtype, device: torch.device, repeats: int
+) -> tuple[list[list[str]], list[str]]:
+    """The lines of a case, and that of its fastest way; its figures are appended to the results."""
     c, o, r, reduction, kernel = CASES[name]
     generator = torch.Generator().manual_seed(0)
 
@@ -81,28 +92,40 @@ def _run(name: str, size: int, dtype: torch.dtype, device: torch.device, repeats
             )
         return (out,)
 
+    def wgmma(*_) -> tuple[Tensor]:
+        torch.ops.meddiff._norm_silu_conv3d_wgmma(
+            x, scale, shift, True, False, weight, bias, [1] * 6, residual, residual_weight, None, out, statistics
+        )
+        return (out,)
+
     case = f"{name}, {m}³"
     line = {"benchmark": "norm_silu_conv3d", "case": case, "dtype": str(dtype).removeprefix("torch.")}
     flops = 2 * m**3 * o * (c * (8 if kernel == 4 else kernel**3) + (r or 0))
     wanted = ours()[0].float()
-    rows = []
-    for way, function in {"meddiff": ours, "eager": _peer, "compiled": torch.compile(_peer)}.items():
+    ways = {"meddiff": ours, "eager": _peer, "compiled": torch.compile(_peer)}
+    if _has_wgmma(c, o, kernel, dtype, device):
+        ways["wgmma"] = wgmma
+    rows, times = [], {}
+    for way, function in ways.items():
         figures = measure(lambda function=function: function(*operands), device, repeats)
         shown = difference = ""
         if way == "meddiff":
             line |= figures
             line["tflop_per_second"] = flops / figures["ms_p50"] / 1e9
+            times[way] = figures["ms_p50"]
             shown = f"{line['tflop_per_second']:.2f} TFLOP/s"
         else:
             worst = ((function(*operands)[0].float() - wanted).abs().max() / wanted.abs().max()).item()
             ratio = figures["ms_p50"] / line["ms_p50"]
             if worst < _AGREE[dtype]:
-                line[f"x_{way}"] = ratio
+                line |= {"wgmma_ms_p50": figures["ms_p50"]} if way == "wgmma" else {f"x_{way}": ratio}
+                times[way] = figures["ms_p50"]
             shown = f"{ratio:.2f}" if worst < _AGREE[dtype] else "not comparable"
             difference = f"{worst:.1e}"
         rows.append([f"{case}: {way}", f"{figures['ms_p50']:.3f}", shown, difference])
+    line["fastest"] = min(times, key=times.get)
     append_result(line, device)
-    return rows
+    return rows, [case, line["fastest"], f"{min(times.values()):.3f}", f"{times['meddiff']:.3f}"]
 
 
 def main() -> None:
@@ -114,12 +137,15 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=default_device())
     arguments = parser.parse_args()
     torch.backends.cudnn.benchmark = True
-    rows = []
+    rows, fastest = [], []
     for name in CASES:
         if arguments.only in name:
             dtype = getattr(torch, arguments.dtype)
-            rows += _run(name, arguments.size, dtype, arguments.device, arguments.repeats)
+            of_ways, of_case = _run(name, arguments.size, dtype, arguments.device, arguments.repeats)
+            rows += of_ways
+            fastest.append(of_case)
     print_table([arguments.dtype, "ms p50", "× meddiff", "difference"], rows)
+    print_table([arguments.dtype, "fastest", "ms p50", "meddiff"], fastest)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,11 @@ STABLE_TORCH_LIBRARY(meddiff, m) {
       "norm_silu_conv3d(Tensor x, Tensor? scale, Tensor? shift, bool silu, bool upsample, Tensor weight, Tensor? bias, "
       "int[] pads, Tensor? residual, Tensor? residual_weight, Tensor? residual_bias, Tensor(a!) out, "
       "Tensor(b!)? statistics) -> ()");
+  // the same by the kernel for compute capability 9.0, on GPUs of that alone
+  m.def(
+      "_norm_silu_conv3d_wgmma(Tensor x, Tensor? scale, Tensor? shift, bool silu, bool upsample, Tensor weight, "
+      "Tensor? bias, int[] pads, Tensor? residual, Tensor? residual_weight, Tensor? residual_bias, Tensor(a!) out, "
+      "Tensor(b!)? statistics) -> ()");
   // the same for a transposed conv 4³ of stride 2, x [B, C, d, h, w] with its halo, weight [C, O, 4, 4, 4]
   m.def(
       "up_conv3d(Tensor x, Tensor weight, Tensor? bias, int[] pads, Tensor(a!) out, Tensor(b!)? statistics) -> ()");

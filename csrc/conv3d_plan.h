@@ -51,8 +51,9 @@ struct ConvProblem {
 
 // direct        one thread per voxel and 8 channels, on the FMA units: any type, any strides, not tuned
 // march         implicit GEMM on tensor cores for bfloat16 and float16, see conv3d_march.h
+// wgmma         the same conv 3³ for compute capability 9.0, see conv3d_wgmma.h; of no call that does not ask for it
 // project       conv 3³ to a single channel, on tensor cores: all 27 taps of a voxel are one product
-enum class ConvRoute { direct, march, project };
+enum class ConvRoute { direct, march, wgmma, project };
 
 // Whether the tensor-core kernels can read and write this tensor: 16-byte (8-byte) pieces of channels-last voxels.
 inline bool in_pieces(const ConvTensor& t, int64_t elements) {
@@ -62,8 +63,8 @@ inline bool in_pieces(const ConvTensor& t, int64_t elements) {
   return t.size[1] % 8 == 0 && t.stride[1] == 1;
 }
 
-// The one place that says which kernel serves a call on the GPU. Whether cuDNN with separate kernels around it is faster
-// for a shape is for benchmarks/bench_norm_silu_conv3d.py to say, on a GPU; until then everything comes here.
+// The one place that says which kernel serves a call on the GPU. Whether wgmma, or cuDNN with separate kernels around
+// it, is faster for a shape is for benchmarks/bench_norm_silu_conv3d.py to say, on a GPU; until then all comes here.
 inline ConvRoute conv_route(const ConvProblem& p) {
   if (p.type == ConvType::float32 || !in_pieces(p.x, 8)) return ConvRoute::direct;
   if (p.outputs() == 1 && p.kernel() == 3 && !p.residual.data && !p.statistics) return ConvRoute::project;
@@ -72,13 +73,19 @@ inline ConvRoute conv_route(const ConvProblem& p) {
   return ConvRoute::march;
 }
 
-// Shape of a block of the march and project kernels.
+// Whether the wgmma kernel can serve a call.
+inline bool served_by_wgmma(const ConvProblem& p) {
+  return conv_route(p) == ConvRoute::march && !p.transposed && p.kernel() == 3;
+}
+
+// Shape of a block of the march, wgmma and project kernels.
 //
 // A block takes a tile of 16 columns (W) and some rows (H), a group of output channels, and marches along D. Input
 // channels come in chunks of 16·chunk. Plane p of the padded tile adds to `sets` planes of out at once, and completes
 // `finished` of them: out plane finished·p − (sets − 1) + j is set j. sets = 3 and finished = 1 for 3³, 1 and 1 for 1³,
 // 4 and 2 for the transposed 4³, whose blocks also split by the parity of H and of W: four classes of 2x2 taps.
 struct ConvPlan {
+  bool wgmma;
   int sets, finished, taps, classes;
   int tiles_m, groups;            // per warp: 16-voxel rows, and groups of 16 output channels
   int warps_m, warps_n;           // of a block
@@ -86,7 +93,8 @@ struct ConvPlan {
   int steps, residual_steps;      // ceil(C / 16) and ceil(R / 16)
   int chunk;                      // steps at a time
   int slots;                      // stages of weights in shared memory; 0: all of them, for good
-  int rows, window_rows, window_columns, pitch;  // of the tile, of the input that it needs; 16-byte units per voxel
+  int rows, window_rows, window_columns;  // of the tile, of the input that it needs
+  int pitch, unit_pitch;          // 16-byte units from a voxel to the next, and from 8 channels to the next
   int64_t planes;                 // of out, per block
   int64_t segments, tiles_h, tiles_w;
   int weights_bytes, window_bytes, shared_bytes;
@@ -110,9 +118,12 @@ inline bool fit_conv_plan(ConvPlan& plan, int64_t limit) {
   const int preferred[4] = {plan.steps % 3 == 0 ? 3 : plan.steps % 4 == 0 ? 4 : 3, 3, 2, 1};
   for (int chunk : preferred) {
     plan.chunk = std::min(chunk, plan.steps);
-    plan.pitch = 2 * plan.chunk + 1;  // odd: rows of ldmatrix lie in different banks
-    plan.window_bytes = 16 * plan.pitch * plan.window_rows * plan.window_columns;
-    for (int slots : {0, 3, 2}) {
+    const int voxels = plan.window_rows * plan.window_columns;
+    // the larger one odd: rows of ldmatrix, and the 8 channels that threads write for one voxel, lie in different banks
+    plan.pitch = plan.wgmma ? 1 : 2 * plan.chunk + 1;
+    plan.unit_pitch = plan.wgmma ? voxels | 1 : 1;
+    plan.window_bytes = 16 * (plan.wgmma ? plan.unit_pitch * 2 * plan.chunk : plan.pitch * voxels);
+    for (int slots : {0, plan.wgmma ? 4 : 3, plan.wgmma ? 3 : 2}) {
       const int64_t stage = static_cast<int64_t>(plan.chunk) * plan.sets * plan.block_groups() * 512;
       const int64_t weights = slots == 0 ? plan.units() * 512 : slots * stage;
       const int64_t bytes = weights + 2 * plan.window_bytes + statistics;
@@ -122,14 +133,16 @@ inline bool fit_conv_plan(ConvPlan& plan, int64_t limit) {
       plan.shared_bytes = static_cast<int>(bytes);
       return true;
     }
+    if (plan.wgmma) break;  // its chunks are whole
   }
   return false;
 }
 
 // `limit`: bytes of shared memory that a block may have. Depends on shapes and on the limit alone.
-inline bool make_conv_plan(const ConvProblem& p, int64_t limit, ConvPlan& plan) {
+inline bool make_conv_plan(const ConvProblem& p, int64_t limit, ConvPlan& plan, bool wgmma = false) {
   const int groups = static_cast<int>(ceil_div(p.outputs(), 16));
   plan = {};
+  plan.wgmma = wgmma;
   plan.steps = static_cast<int>(ceil_div(p.channels(), 16));
   if (p.transposed) {
     plan.sets = 4, plan.finished = 2, plan.taps = 4, plan.classes = 4;
@@ -139,12 +152,18 @@ inline bool make_conv_plan(const ConvProblem& p, int64_t limit, ConvPlan& plan) 
   } else {
     plan.sets = p.kernel(), plan.finished = 1, plan.taps = p.kernel() * p.kernel(), plan.classes = 1;
     plan.tiles_m = 2, plan.groups = groups % 3 == 0 ? 3 : 2;
-    plan.warps_n = groups % (2 * plan.groups) == 0 ? 2 : 1;
+    plan.warps_n = !wgmma && groups % (2 * plan.groups) == 0 ? 2 : 1;
     plan.warps_m = 8 / plan.warps_n;
     if (p.residual_weight.data) plan.residual_steps = static_cast<int>(ceil_div(p.residual.size[1], 16));
   }
+  if (wgmma) {  // zero channels fill the last chunk
+    const int chunk = plan.steps % 3 != 0 && plan.steps % 4 == 0 ? 4 : 3;
+    plan.steps = static_cast<int>(ceil_div(plan.steps, chunk)) * chunk;
+    plan.residual_steps = static_cast<int>(ceil_div(plan.residual_steps, chunk)) * chunk;
+  }
   const int64_t height = p.out.size[3] / plan.finished, width = p.out.size[4] / plan.finished;
-  while (plan.warps_m > 1 && plan.warps_m / 2 * plan.tiles_m >= height) plan.warps_m /= 2;
+  const int fewest = wgmma ? 4 : 1;  // wgmma takes a warpgroup
+  while (plan.warps_m > fewest && plan.warps_m / 2 * plan.tiles_m >= height) plan.warps_m /= 2;
   plan.columns = static_cast<int>(ceil_div(groups, plan.block_groups()));
   const int halo = p.transposed ? 1 : p.kernel() - 1;
   plan.rows = plan.warps_m * plan.tiles_m;

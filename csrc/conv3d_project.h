@@ -9,7 +9,7 @@ namespace {
 // Products of every voxel of the window with the 27 taps on tensor cores, then sums of nine of them for each of three
 // planes of out.
 template <class T>
-__global__ void __launch_bounds__(128) project_kernel(ConvLaunch c) {
+__global__ void __launch_bounds__(128) project_kernel(const __grid_constant__ ConvLaunch c) {
   constexpr int kRows = 3, kVoxels = 180;  // per warp, rows of 16 voxels; of the window
   const ConvPlan& plan = c.plan;
   const ConvProblem& p = c.problem;

@@ -45,9 +45,12 @@ __global__ void pack_kernel(ConvLaunch c, Quad* weights, float* bias, bool proje
   for (int i = 0; i < 4; ++i) {
     float pair[2];
     for (int half = 0; half < 2; ++half) {
-      const int64_t k = static_cast<int64_t>(step) * 16 + lane % 4 * 2 + half + i % 2 * 8;
-      const int64_t n = (static_cast<int64_t>(column) * plan.block_groups() + group) * 16 + lane / 8 * 4 + i / 2 * 2 +
-                        lane / 4 % 2;
+      // wgmma: core matrices of 8 output x 8 input channels; of 16 output channels they take the same 8 as mma.sync
+      const int in_group = plan.wgmma ? lane % 8 / 2 * 4 + lane / 16 * 2 + lane % 2
+                                      : lane / 8 * 4 + i / 2 * 2 + lane / 4 % 2;
+      const int in_step = plan.wgmma ? lane / 8 % 2 * 8 + i * 2 + half : lane % 4 * 2 + half + i % 2 * 8;
+      const int64_t k = static_cast<int64_t>(step) * 16 + in_step;
+      const int64_t n = (static_cast<int64_t>(column) * plan.block_groups() + group) * 16 + in_group;
       int64_t o = n, in = k, kd = 0, kh = 0, kw = 0;
       if (project) {
         o = n < 27 ? 0 : w.size[0];
@@ -133,6 +136,11 @@ inline ConvRoute plan_conv(const ConvProblem& p, ConvPlan& plan) {
   return fits ? route : ConvRoute::direct;
 }
 
+// Whether the wgmma kernel can serve a call on the current device, if that is one of compute capability 9.0; its plan.
+inline bool plan_wgmma(const ConvProblem& p, ConvPlan& plan) {
+  return served_by_wgmma(p) && make_conv_plan(p, device::largest_shared_memory(), plan, true);
+}
+
 inline int merge_statistics(const ConvProblem& p, const float* partial, const float* counts, int64_t tasks,
                             void* stream) {
   if (!p.statistics) return 0;
@@ -160,7 +168,7 @@ int run_direct(const ConvProblem& p, unsigned char* workspace, void* stream) {
   return error ? error : merge_statistics(p, c.partial, c.counts, c.tasks, stream);
 }
 
-// `kernel` is the march or the project kernel that belongs to the plan.
+// `kernel` is the march, wgmma or project kernel that belongs to the plan.
 template <class T>
 int run_planned(const ConvProblem& p, ConvRoute route, const ConvPlan& plan, void (*kernel)(ConvLaunch),
                 unsigned char* workspace, void* stream) {

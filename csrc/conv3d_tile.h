@@ -1,4 +1,4 @@
-// What the march and the project kernel share: windows of a tensor in shared memory, and the streams that fill them.
+// What the kernels on tensor cores share: windows of a tensor in shared memory, and the streams that fill them.
 #pragma once
 
 #include "conv3d_plan.h"
@@ -51,7 +51,7 @@ MEDDIFF_DEVICE void merge(Real& count, Real& mean, Real& m2, Real other_count, R
 template <class T>
 struct Window {
   const ConvSource& source;
-  int offset, pitch;  // in shared memory
+  int offset, pitch, unit_pitch;  // in shared memory
   int rows, columns;
   int b, plane, row, column;  // padded
   int channel, units;
@@ -59,6 +59,7 @@ struct Window {
   MEDDIFF_DEVICE int step() const { return static_cast<int>(blockDim.x) / units; }
   MEDDIFF_DEVICE int unit() const { return static_cast<int>(threadIdx.x) % units; }
   MEDDIFF_DEVICE int first() const { return static_cast<int>(threadIdx.x) / units; }
+  MEDDIFF_DEVICE int place(int voxel) const { return offset + 16 * (voxel * pitch + unit() * unit_pitch); }
   MEDDIFF_DEVICE bool plane_inside() const {
     const int d = plane - source.first[0];
     return d >= 0 && d < source.size[0] << source.zoom && channel + 8 * unit() < source.channels;
@@ -81,7 +82,7 @@ struct Window {
       if (copied)
         from += ((row + voxel / columns - source.first[1]) >> source.zoom) * source.stride[2] +
                 ((column + voxel % columns - source.first[2]) >> source.zoom) * source.stride[3];
-      device::cp_async16(shared, offset + 16 * (voxel * pitch + unit()), from, copied);
+      device::cp_async16(shared, place(voxel), from, copied);
     }
   }
 
@@ -100,7 +101,7 @@ struct Window {
 #pragma unroll 1
     for (int voxel = first() + rounds * part / parts * step(); voxel < end; voxel += step()) {
       if (!inside(voxel)) continue;
-      Quad& unit_bits = shared.at<Quad>(offset + 16 * (voxel * pitch + unit()));
+      const Quad unit_bits = shared.at<Quad>(place(voxel));
       uint32_t bits[4] = {unit_bits.x, unit_bits.y, unit_bits.z, unit_bits.w};
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
@@ -110,7 +111,7 @@ struct Window {
         if (p.silu) pair = {silu(pair.low), silu(pair.high)};
         bits[i] = device::pack(pair, T{});
       }
-      unit_bits = {bits[0], bits[1], bits[2], bits[3]};
+      device::store16(shared, place(voxel), {bits[0], bits[1], bits[2], bits[3]});
     }
   }
 };
@@ -192,10 +193,10 @@ MEDDIFF_DEVICE Window<T> window_of(const ConvLaunch& c, const ConvTask& task, in
   const int steps = smaller(plan.chunk, (main ? plan.steps : plan.residual_steps) - chunk * plan.chunk);
   const int channel = chunk * plan.chunk * 16;
   if (main)
-    return {c.x, offset, plan.pitch, plan.window_rows, plan.window_columns, task.b, plane, task.row + task.row_parity,
-            task.w + task.column_parity, channel, 2 * steps};
-  return {c.residual, offset, plan.pitch, plan.rows, 16, task.b, plane - (plan.sets - 1), task.row, task.w, channel,
-          2 * steps};
+    return {c.x, offset, plan.pitch, plan.unit_pitch, plan.window_rows, plan.window_columns, task.b, plane,
+            task.row + task.row_parity, task.w + task.column_parity, channel, 2 * steps};
+  return {c.residual, offset, plan.pitch, plan.unit_pitch, plan.rows, 16, task.b, plane - (plan.sets - 1), task.row,
+          task.w, channel, 2 * steps};
 }
 
 }  // namespace

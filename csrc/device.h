@@ -1,4 +1,5 @@
-// Every GPU instruction of the convolutions, each beside what it does when the same source is compiled for the host.
+// Every GPU instruction of the convolutions but wgmma (device_wgmma.h), each beside what it does when the same source
+// is compiled for the host.
 //
 // Host twins run in tests/csrc/emulate_cuda.h, which must be included first: one host thread per CUDA thread. What is
 // asynchronous on the GPU is as late as it may be there: cp_async16 leaves NaNs until cp_async_wait, so that a missing
@@ -105,6 +106,9 @@ __device__ __forceinline__ void cp_async16(const Shared& shared, int offset, con
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared.address + offset), "l"(from),
                "r"(inside ? 16 : 0)
                : "memory");
+}
+__device__ __forceinline__ void store16(const Shared& shared, int offset, Quad value) {
+  shared.at<Quad>(offset) = value;
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -223,6 +227,10 @@ inline void cp_async16(const Shared& shared, int offset, const void* from, bool 
   std::memset(shared.bytes + offset, 0xff, 16);
   emulated_copies.push_back({shared.bytes + offset, inside ? from : nullptr});
 }
+inline void store16(const Shared& shared, int offset, Quad value) {
+  shared.at<Quad>(offset) = value;
+  emulated_unfenced.push_back(shared.bytes + offset);
+}
 inline void cp_async_commit() { emulated_groups.push_back(emulated_copies.size()); }
 inline void cp_async_wait(int pending) {
   if (static_cast<int>(emulated_groups.size()) <= pending) return;
@@ -233,6 +241,7 @@ inline void cp_async_wait(int pending) {
     } else {
       std::memset(emulated_copies[i].to, 0, 16);
     }
+    emulated_unfenced.push_back(emulated_copies[i].to);
   }
   emulated_copies.erase(emulated_copies.begin(), emulated_copies.begin() + done);
   emulated_groups.erase(emulated_groups.begin(), emulated_groups.end() - pending);

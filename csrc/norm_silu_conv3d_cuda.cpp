@@ -1,4 +1,5 @@
-// norm_silu_conv3d on the GPU. No GPU has run it yet.
+// norm_silu_conv3d on the GPU, and _norm_silu_conv3d_wgmma, which is the same by the kernel for compute capability 9.0.
+// No GPU has run them yet.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -10,6 +11,7 @@
 namespace meddiff {
 namespace {
 
+template <bool Wgmma>
 void norm_silu_conv3d(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, bool silu,
                       bool upsample, const Tensor& weight, const OptionalTensor& bias,
                       const std::vector<int64_t>& pads, const OptionalTensor& residual,
@@ -51,10 +53,21 @@ void norm_silu_conv3d(const Tensor& x, const OptionalTensor& scale, const Option
   }
 
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  const Tensor workspace = torch::stable::new_empty(x, {norm_silu_conv3d_cuda_workspace(p)}, ScalarType::Byte);
+  if (Wgmma) {
+    int major = 0, minor = 0;
+    cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, x.get_device_index());
+    cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, x.get_device_index());
+    STD_TORCH_CHECK(major == 9 && minor == 0, "_norm_silu_conv3d_wgmma: the GPU must be of compute capability 9.0, ",
+                    "got ", major, ".", minor, "; norm_silu_conv3d runs on it");
+  }
+  const int64_t bytes = Wgmma ? norm_silu_conv3d_wgmma_workspace(p) : norm_silu_conv3d_cuda_workspace(p);
+  STD_TORCH_CHECK(!Wgmma || bytes > 0, "_norm_silu_conv3d_wgmma: weight must be [O, C, 3, 3, 3] and the tensors "
+                  "channels-last bfloat16 or float16, with channels in multiples of 8; norm_silu_conv3d serves the rest");
+  const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  const int error = norm_silu_conv3d_cuda(p, workspace.mutable_data_ptr(), stream);
+  const auto launch = Wgmma ? norm_silu_conv3d_wgmma : norm_silu_conv3d_cuda;
+  const int error = launch(p, workspace.mutable_data_ptr(), stream);
   STD_TORCH_CHECK(error == cudaSuccess, "norm_silu_conv3d: CUDA launch failed: ",
                   cudaGetErrorString(static_cast<cudaError_t>(error)));
 }
@@ -62,4 +75,7 @@ void norm_silu_conv3d(const Tensor& x, const OptionalTensor& scale, const Option
 }  // namespace
 }  // namespace meddiff
 
-STABLE_TORCH_LIBRARY_IMPL(meddiff, CUDA, m) { m.impl("norm_silu_conv3d", TORCH_BOX(&meddiff::norm_silu_conv3d)); }
+STABLE_TORCH_LIBRARY_IMPL(meddiff, CUDA, m) {
+  m.impl("norm_silu_conv3d", TORCH_BOX(&meddiff::norm_silu_conv3d<false>));
+  m.impl("_norm_silu_conv3d_wgmma", TORCH_BOX(&meddiff::norm_silu_conv3d<true>));
+}

@@ -5,6 +5,8 @@ numbers per sample and channel: scale = weight / âˆš(var + eps), shift = bias âˆ
 SiLU, where the volume ends. The statistics of what is written are those that the next norm needs. On the CPU the
 convolution is oneDNN's, on a scratch tile, and C++ fills that tile and empties it. On a GPU it is csrc/conv3d_march.h,
 checked on an emulated device; no GPU has run it yet. Where that is not built, CUDA tensors take the plain PyTorch code.
+For compute capability 9.0 there is csrc/conv3d_wgmma.h as well, in the same state; until a GPU has measured it, nothing
+but the private operator _norm_silu_conv3d_wgmma, which has the same arguments, goes there.
 """
 
 from __future__ import annotations
@@ -230,5 +232,5 @@ def _nothing(*_: object) -> None:
 torch.library.impl("meddiff::norm_silu_conv3d", "CPU", _run_on_cpu)
 if not torch._C._dispatch_has_kernel_for_dispatch_key("meddiff::norm_silu_conv3d", "CUDA"):
     torch.library.impl("meddiff::norm_silu_conv3d", "CUDA", _run_ref)
-for _operator in ("norm_silu_conv3d", "_conv_input", "_conv_output"):
+for _operator in ("norm_silu_conv3d", "_norm_silu_conv3d_wgmma", "_conv_input", "_conv_output"):
     torch.library.register_fake(f"meddiff::{_operator}", _nothing)

@@ -6,6 +6,8 @@
 #include <condition_variable>
 #include <cstdint>
 #include <cstring>
+#include <functional>
+#include <map>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -16,6 +18,7 @@
 #define __host__
 #define __shared__ static
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 struct Index {
   unsigned x;
@@ -67,14 +70,26 @@ struct EmulatedCopy {
   unsigned char* to;
   const void* from;  // null: zeros
 };
+struct EmulatedProduct {
+  float* d;                         // the accumulators
+  std::function<void(float*)> add;  // to what they hold
+};
 
 inline EmulatedBarrier* emulated_barrier;
 inline std::vector<std::unique_ptr<EmulatedWarp>> emulated_warps;
 inline unsigned char* emulated_shared;
+inline unsigned char* emulated_async_shared;  // the same memory as the async proxy sees it
 inline int emulated_largest_shared_memory = 227 << 10;
 inline thread_local unsigned emulated_exchanges;
 inline thread_local std::vector<EmulatedCopy> emulated_copies;  // not yet made
 inline thread_local std::vector<size_t> emulated_groups;        // where each group of them ends
+inline thread_local std::vector<unsigned char*> emulated_unfenced;  // 16 bytes each, written to emulated_shared
+
+inline thread_local std::vector<EmulatedProduct> emulated_products;  // not yet computed
+inline thread_local std::vector<size_t> emulated_product_groups;     // where each group of them ends
+inline thread_local std::map<float*, std::vector<float>> emulated_accumulators;  // what those of products hold
+inline thread_local uint64_t emulated_operands;  // a hash of those of all products
+inline thread_local bool emulated_fenced;  // wgmma.fence since the last wait
 
 inline void __syncthreads() { emulated_barrier->arrive_and_wait(); }
 
@@ -90,7 +105,7 @@ const T* emulated_exchange(const T& mine) {
   return slots;
 }
 
-constexpr int cudaSuccess = 0;
+constexpr int cudaSuccess = 0, cudaErrorInvalidValue = 1;
 inline int cudaGetLastError() { return cudaSuccess; }
 
 template <class Kernel>
@@ -104,8 +119,11 @@ void emulate(int64_t blocks, int threads, Kernel kernel, int shared_bytes = 0) {
     for (int first = 0; first < threads; first += 32)
       emulated_warps.push_back(std::make_unique<EmulatedWarp>(threads - first < 32 ? threads - first : 32));
     const std::unique_ptr<unsigned char[]> shared(new unsigned char[shared_bytes]);
+    const std::unique_ptr<unsigned char[]> async(new unsigned char[shared_bytes]);
     std::memset(shared.get(), 0xff, shared_bytes);
+    std::memset(async.get(), 0xff, shared_bytes);
     emulated_shared = shared.get();
+    emulated_async_shared = async.get();
     std::vector<std::jthread> running;
     for (int thread = 0; thread < threads; ++thread) {
       running.emplace_back([&, thread] {

@@ -1,4 +1,4 @@
-"""csrc/norm_silu_conv3d.cu and csrc/up_conv3d.cu without a GPU, on an emulated device."""
+"""csrc/norm_silu_conv3d.cu, its wgmma variant and csrc/up_conv3d.cu without a GPU, on an emulated device."""
 
 from __future__ import annotations
 
@@ -114,10 +114,10 @@ def draw(
     return case
 
 
-def emulate(program: Path, case: Case, shared: int = LARGE) -> tuple[Tensor, Tensor | None, str]:
+def emulate(program: Path, case: Case, shared: int = LARGE, wgmma: bool = False) -> tuple[Tensor, Tensor | None, str]:
     """out, statistics and the plan that was used."""
     views = [case.x, case.weight, case.residual, case.residual_weight, case.out]
-    numbers = [shared, TYPES.index(case.x.dtype), case.transposed, case.silu, case.upsample, *case.pads]
+    numbers = [shared, TYPES.index(case.x.dtype), wgmma, case.transposed, case.silu, case.upsample, *case.pads]
     parts = []
     for view in views:
         if view is None:
@@ -146,8 +146,8 @@ def emulate(program: Path, case: Case, shared: int = LARGE) -> tuple[Tensor, Ten
     return out, statistics, done.stderr.decode()
 
 
-def check(program: Path, case: Case, plan: str, shared: int = LARGE) -> None:
-    out, statistics, used = emulate(program, case, shared)
+def check(program: Path, case: Case, plan: str, shared: int = LARGE, wgmma: bool = False) -> None:
+    out, statistics, used = emulate(program, case, shared, wgmma)
     assert plan in used
     wanted = case.reference()
     unit = HALF_UNIT[case.x.dtype]
@@ -195,9 +195,45 @@ def test_march(program: Path, case: dict, plan: str, shared: int, dtype: torch.d
     check(program, draw(dtype=dtype, **case), plan, shared)
 
 
-def test_rows_beyond_the_tile(program: Path):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("case", "plan", "shared"),
+    [
+        ({"channels": 16, "outputs": 16, "size": (3, 3, 5)}, "slots=0 chunk=3 warps=4x1", LARGE),
+        ({"channels": 16, "outputs": 48, "size": (2, 3, 18), "batch": 2, "cut": True}, "tiles=1x2", LARGE),
+        ({"channels": 40, "outputs": 96, "size": (3, 10, 4), "pads": (0, 1, 1, 0, 0, 1)}, "warps=8x1 columns=2", LARGE),
+        ({"channels": 16, "outputs": 80, "size": (5, 2, 3), "prologue": False}, "columns=3 segments=2", LARGE),
+        ({"channels": 8, "outputs": 16, "size": (1, 2, 3), "residual": 16, "cut": True}, "slots=0", LARGE),
+        ({"channels": 64, "outputs": 24, "size": (2, 2, 5), "residual": 40, "residual_conv": True, "batch": 2},
+         "slots=0 chunk=4", LARGE),
+        ({"channels": 16, "outputs": 16, "size": (3, 3, 3), "pads": (0, 0, 0, 1, 1, 0), "upsample": True}, "slots=0",
+         LARGE),
+        ({"channels": 64, "outputs": 48, "size": (1, 2, 3)}, "slots=4 chunk=4", LARGE * 3 // 5),
+        ({"channels": 40, "outputs": 16, "size": (2, 2, 3), "residual": 24, "residual_conv": True}, "slots=4 chunk=3",
+         LARGE // 3),
+        ({"channels": 80, "outputs": 16, "size": (2, 2, 3)}, "slots=3 chunk=3", LARGE * 2 // 7),
+    ],
+)  # fmt: skip
+def test_wgmma(program: Path, case: dict, plan: str, shared: int, dtype: torch.dtype):
+    check(program, draw(dtype=dtype, **case), f"wgmma {plan}" if "slots" in plan else plan, shared, wgmma=True)
+
+
+@pytest.mark.parametrize("wgmma", [False, True], ids=["mma.sync", "wgmma"])
+def test_rows_beyond_the_tile(program: Path, wgmma: bool):
     """Several tiles along H and W, their last ones incomplete."""
-    check(program, draw(8, 16, (1, 18, 17), torch.bfloat16, pads=(1, 1, 0, 0, 0, 1)), "tiles=1x1")
+    case = draw(8, 16, (1, 18, 17), torch.bfloat16, pads=(1, 1, 0, 0, 0, 1))
+    check(program, case, "tiles=1x1", wgmma=wgmma)
+
+
+def test_wgmma_leaves_other_calls_alone(program: Path):
+    for case in (
+        draw(8, 16, (2, 2, 3), torch.bfloat16, kernel=1, pads=(0,) * 6),
+        draw(12, 16, (2, 3, 3), torch.bfloat16),
+        draw(8, 8, (2, 3, 3), torch.float32),
+        draw(8, 16, (1, 2, 3), torch.bfloat16, transposed=True, kernel=4, prologue=False),
+    ):
+        with pytest.raises(AssertionError, match="exit code 7"):
+            emulate(program, case, wgmma=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -244,14 +280,20 @@ def test_what_tensor_cores_cannot_read_goes_the_direct_way(program: Path, dtype:
     check(program, case, "direct")
 
 
-# two warps at least; the first one without streamed weights, whose barriers stand for the one that a test omits
+# two warps at least; those without streamed weights, whose barriers stand for the one that a test omits, are RESIDENT
 RACES = [
-    (lambda: draw(16, 16, (2, 3, 3), torch.bfloat16), "slots=0", LARGE),
-    (lambda: draw(24, 16, (2, 3, 3), torch.float16, residual=8, residual_conv=True), "slots=3", LARGE // 5),
-    (lambda: draw(8, 32, (1, 2, 3), torch.bfloat16, transposed=True, kernel=4, prologue=False), "warps=1x2", LARGE),
-    (lambda: draw(8, 1, (2, 3, 3), torch.bfloat16, statistics=False), "project", LARGE),
-    (lambda: draw(3, 9, (2, 3, 3), torch.float32), "direct", LARGE),
-]
+    (lambda: draw(16, 16, (2, 3, 3), torch.bfloat16), "march slots=0", LARGE, False),
+    (lambda: draw(24, 16, (2, 3, 3), torch.float16, residual=8, residual_conv=True), "march slots=3", LARGE // 5,
+     False),
+    (lambda: draw(16, 16, (2, 3, 3), torch.bfloat16), "wgmma slots=0", LARGE, True),
+    (lambda: draw(24, 16, (1, 3, 3), torch.float16, residual=8, residual_conv=True), "wgmma slots=4", LARGE // 3, True),
+    (lambda: draw(8, 48, (1, 9, 3), torch.bfloat16), "wgmma slots=3 chunk=3 warps=8x1", LARGE // 2, True),
+    (lambda: draw(8, 32, (1, 2, 3), torch.bfloat16, transposed=True, kernel=4, prologue=False), "warps=1x2", LARGE,
+     False),
+    (lambda: draw(8, 1, (2, 3, 3), torch.bfloat16, statistics=False), "project", LARGE, False),
+    (lambda: draw(3, 9, (2, 3, 3), torch.float32), "direct", LARGE, False),
+]  # fmt: skip
+RESIDENT = {"mma.sync": RACES[0], "wgmma": RACES[2]}
 
 
 def test_no_data_races(tmp_path: Path):
@@ -262,20 +304,31 @@ def test_no_data_races(tmp_path: Path):
         program = compile_emulation(tmp_path, "-fsanitize=thread")
     except subprocess.CalledProcessError:
         pytest.skip("the compiler has no thread sanitizer")
-    for case, plan, shared in RACES:
-        check(program, case(), plan, shared)
+    for case, plan, shared, wgmma in RACES:
+        check(program, case(), plan, shared, wgmma)
 
 
-def test_a_missing_barrier_is_seen(tmp_path: Path):
+@pytest.mark.parametrize("kernel", RESIDENT)
+def test_a_missing_barrier_is_seen(tmp_path: Path, kernel: str):
     if CXX is None:
         pytest.skip("no C++ compiler")
     try:
         program = compile_emulation(tmp_path, "-fsanitize=thread", "-DMEDDIFF_OMIT_BARRIER")
     except subprocess.CalledProcessError:
         pytest.skip("the compiler has no thread sanitizer")
-    case, _, shared = RACES[0]
+    case, _, shared, wgmma = RESIDENT[kernel]
     with pytest.raises(AssertionError, match="data race"):
-        emulate(program, case(), shared)
+        emulate(program, case(), shared, wgmma)
+
+
+def test_a_missing_proxy_fence_is_seen(tmp_path: Path):
+    """wgmma reads what it finds without it: NaNs."""
+    if CXX is None:
+        pytest.skip("no C++ compiler")
+    program = compile_emulation(tmp_path, "-DMEDDIFF_OMIT_PROXY_FENCE")
+    case, _, shared, wgmma = RESIDENT["wgmma"]
+    out, _, _ = emulate(program, case(), shared, wgmma)
+    assert out.isnan().all()
 
 
 def test_no_access_out_of_bounds(tmp_path: Path):
@@ -285,6 +338,6 @@ def test_no_access_out_of_bounds(tmp_path: Path):
         program = compile_emulation(tmp_path, "-fsanitize=address,undefined", "-fno-sanitize-recover=all")
     except subprocess.CalledProcessError:
         pytest.skip("the compiler has no address sanitizer")
-    for case, plan, shared in RACES:
-        check(program, case(), plan, shared)
+    for case, plan, shared, wgmma in RACES:
+        check(program, case(), plan, shared, wgmma)
     check(program, draw(8, 16, (2, 3, 17), torch.float16, residual=24, residual_conv=True), "tiles=1x2")

@@ -34,8 +34,10 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return program
 
 
-def plan(program: Path, target: str, c: int, o: int, kernel: int = 3, residual: int = 0, size=(128,) * 3) -> Plan:
-    numbers = [LIMITS[target], c, o, kernel, residual, *size]
+def plan(
+    program: Path, target: str, c: int, o: int, kernel: int = 3, residual: int = 0, size=(128,) * 3, wgmma: int = 0
+) -> Plan:
+    numbers = [LIMITS[target], c, o, kernel, residual, *size, wgmma]
     return Plan(*map(int, subprocess.run([program, *map(str, numbers)], capture_output=True, text=True).stdout.split()))
 
 
@@ -55,10 +57,23 @@ def test_every_width_fits(program: Path, target: str):
             assert p.fits and p.shared <= LIMITS[target] and p.threads <= 256, (c, o, kernel, residual, p)
 
 
+def test_every_width_fits_for_wgmma(program: Path):
+    """In chunks that the kernel is compiled for, with rows for whole warpgroups."""
+    for c in [8, 16, 24, 40, 48, 64, 72, 96, 128, 144, 192, 256, 288, 384, 576]:
+        for o, residual in [(8, 0), (48, 96), (64, 0), (96, 64), (c, 2 * c)]:
+            for height in (3, 128):
+                p = plan(program, "sm_90", c, o, 3, residual, (128, height, 128), wgmma=1)
+                assert p.fits and p.shared <= LIMITS["sm_90"] and p.chunk in (3, 4), (c, o, residual, p)
+                assert (p.threads, p.rows) == ((128, 8) if height == 3 else (256, 16))
+
+
 def test_weights_are_resident_where_they_fit(program: Path):
     assert [plan(program, target, 48, 48).slots for target in LIMITS] == [3, 0, 3]
     assert [plan(program, target, 96, 48, kernel=4).slots for target in LIMITS] == [3, 0, 3]
     assert plan(program, "sm_90", 96, 96).slots == 3
+    # for wgmma the widths of full resolution
+    shapes = [(48, 48, 0), (48, 48, 96), (64, 64, 0), (96, 48, 0)]
+    assert [plan(program, "sm_90", c, o, 3, r, wgmma=1).slots for c, o, r in shapes] == [0, 0, 0, 4]
 
 
 @pytest.mark.parametrize("target", LIMITS)

@@ -35,7 +35,7 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 COLUMNS = ("kernel", "target", "registers", "shared", "spilled", "tensor_core", "tensor_core_meant")
 _CAPABILITIES = (80, 90, 100)
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
-_ON_TENSOR_CORES = ("march_kernel", "project_kernel")  # of csrc/*.cu
+_ON_TENSOR_CORES = ("march_kernel", "wgmma_kernel", "project_kernel")  # of csrc/*.cu
 _TENSOR_CORE = re.compile(r"\b(?:[HIDQO]G?MMA|UTC\w*MMA)\b")
 
 

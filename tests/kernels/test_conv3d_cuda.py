@@ -18,6 +18,18 @@ pytestmark = [
 
 HALF_UNIT = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}  # of rounding, relative
 DTYPES = pytest.mark.parametrize("dtype", HALF_UNIT, ids=str)
+# the kernel that norm_silu_conv3d takes, and the one for compute capability 9.0
+OPERATORS = pytest.mark.parametrize("operator", ["norm_silu_conv3d", "_norm_silu_conv3d_wgmma"])
+
+
+def operator_for(operator: str, dtype: torch.dtype, channels: int, outputs: int, kernel: int):
+    """The operator; skips the test where it does not serve the call."""
+    if operator == "_norm_silu_conv3d_wgmma":
+        if torch.cuda.get_device_capability() != (9, 0):
+            pytest.skip("not a GPU of compute capability 9.0")
+        if dtype == torch.float32 or kernel == 1 or channels % 8 or outputs % 8:
+            pytest.skip("a call for norm_silu_conv3d")
+    return getattr(torch.ops.meddiff, operator)
 
 
 def channels_last(*shape: int, dtype: torch.dtype, cut: bool = False) -> Tensor:
@@ -45,6 +57,7 @@ def check(out: Tensor, wanted: Tensor, statistics: Tensor | None = None) -> None
     assert torch.allclose(statistics[:, 1].double(), variance * out[0, 0].numel(), rtol=1e-4)
 
 
+@OPERATORS
 @DTYPES
 @pytest.mark.parametrize(
     ("channels", "outputs", "size", "pads", "residual"),
@@ -62,7 +75,8 @@ def check(out: Tensor, wanted: Tensor, statistics: Tensor | None = None) -> None
     ],
 )
 @pytest.mark.parametrize("kernel", [3, 1])
-def test_norm_silu_conv3d(dtype: torch.dtype, channels, outputs, size, pads, residual, kernel):
+def test_norm_silu_conv3d(operator: str, dtype: torch.dtype, channels, outputs, size, pads, residual, kernel):
+    run = operator_for(operator, dtype, channels, outputs, kernel)
     torch.manual_seed(0)
     pads = pads if kernel == 3 else (0,) * 6
     x = channels_last(2, channels, *size, dtype=dtype, cut=True)
@@ -85,17 +99,17 @@ def test_norm_silu_conv3d(dtype: torch.dtype, channels, outputs, size, pads, res
     for _ in range(2):
         out = channels_last(*wanted.shape, dtype=dtype, cut=True).fill_(torch.nan)
         statistics = None if outputs == 1 else torch.full((2, 2, outputs), torch.nan, device="cuda")
-        torch.ops.meddiff.norm_silu_conv3d(
-            x, scale, shift, True, False, weight, bias, pads, add, *extra, out, statistics
-        )
+        run(x, scale, shift, True, False, weight, bias, pads, add, *extra, out, statistics)
         results += [out, *([] if statistics is None else [statistics])]
     check(results[0], wanted, None if outputs == 1 else results[1])
     half = len(results) // 2
     assert all(torch.equal(a, b) for a, b in zip(results[:half], results[half:])), "not the same bits twice"
 
 
+@OPERATORS
 @DTYPES
-def test_upsample(dtype: torch.dtype):
+def test_upsample(operator: str, dtype: torch.dtype):
+    run = operator_for(operator, dtype, 64, 64, 3)
     torch.manual_seed(1)
     pads = (1, 0, 0, 0, 0, 1)
     x = channels_last(1, 64, 5, 9, 12, dtype=dtype)
@@ -103,7 +117,7 @@ def test_upsample(dtype: torch.dtype):
     doubled = F.interpolate(x.double(), scale_factor=2)[:, :, :-1, 1:-1, 1:]  # half of each halo plane
     wanted = F.conv3d(F.pad(doubled, zeros_of(pads)), weight.double())
     out = torch.empty(wanted.shape, dtype=dtype, device="cuda", memory_format=torch.channels_last_3d)
-    torch.ops.meddiff.norm_silu_conv3d(x, None, None, False, True, weight, None, pads, None, None, None, out, None)
+    run(x, None, None, False, True, weight, None, pads, None, None, None, out, None)
     check(out, wanted)
 
 
@@ -143,16 +157,16 @@ def test_statistics_far_from_zero():
 
 
 @pytest.mark.large
-def test_more_than_two_to_the_31_elements():
+@OPERATORS
+def test_more_than_two_to_the_31_elements(operator: str):
     """The last planes of a kept tensor of 2^31.6 elements: their offsets do not fit into 32 bits."""
+    run = operator_for(operator, torch.bfloat16, 48, 48, 3)
     x = torch.randn(1, 800, 800, 106, 48, device="cuda", dtype=torch.bfloat16).permute(0, 4, 1, 2, 3)
     assert x.numel() > 2**31
     weight = (torch.randn(48, 48, 3, 3, 3, device="cuda") / 36).to(torch.bfloat16)
     out = torch.full((1, 800, 800, 106, 48), torch.nan, device="cuda", dtype=torch.bfloat16).permute(0, 4, 1, 2, 3)
     statistics = torch.empty(1, 2, 48, device="cuda")
-    torch.ops.meddiff.norm_silu_conv3d(
-        x, None, None, False, False, weight, None, [1] * 6, None, None, None, out, statistics
-    )
+    run(x, None, None, False, False, weight, None, [1] * 6, None, None, None, out, statistics)
     for first in (0, 400, 797):  # planes first … first + 2 need those around them
         begin, end = max(first - 1, 0), min(first + 4, 800)
         part = F.pad(x[:, :, begin:end].double(), (1, 1, 1, 1, int(first == 0), int(end == 800)))
