@@ -284,21 +284,16 @@ def condition_channels(task: TaskConfig, encoder: str, denoiser: DenoiserConfig)
 
 @dataclass(frozen=True)
 class ScheduleConfig(_JsonConfig):
-    """Cosine noise schedule (Nichol & Dhariwal 2021, equation 17), with a shift (Hoogeboom et al. 2023)."""
+    """Cosine noise schedule (Nichol & Dhariwal 2021, equation 17)."""
 
     timesteps: int = 1000
     s: float = 0.008  # offset that keeps the first betas from vanishing
-    shift: float = 1.0  # factor of signal over noise in amplitude; above 1 for latents much smaller than the noise
 
     def __post_init__(self) -> None:
         _require_positive_integers(self, "timesteps")
         _require(self.timesteps >= 2, f"ScheduleConfig: timesteps must be at least 2, got {self.timesteps}")
         _require(
             isinstance(self.s, (int, float)) and 0 < self.s < 1, f"ScheduleConfig: s must lie in (0, 1), got {self.s!r}"
-        )
-        _require(
-            isinstance(self.shift, (int, float)) and 0.01 <= self.shift <= 100,
-            f"ScheduleConfig: shift must lie in [0.01, 100], got {self.shift!r}",
         )
 
 

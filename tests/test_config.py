@@ -59,7 +59,6 @@ def test_widths():
         (lambda: condition_channels(MasksConfig(), "latent", DenoiserConfig()), "needs encoder 'convolutional'"),
         (lambda: task_from_dict({"name": "magic"}), "name must be one of"),
         (lambda: ScheduleConfig(s=0), r"\(0, 1\)"),
-        (lambda: ScheduleConfig(shift=0), "shift must lie in"),
         (lambda: ModelConfig(denoiser=DenoiserConfig(channels=4)), "must be equal"),
     ],
 )

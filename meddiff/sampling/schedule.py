@@ -13,10 +13,9 @@ from meddiff.config import ScheduleConfig
 class NoiseSchedule(nn.Module):
     """Cosine schedule with the tables of training, each float32 [timesteps].
 
-    The cumulative signal is ᾱ(i) = cos²((i/T + s) / (1 + s) · π/2) over its first value, its ratio to the noise
-    ᾱ/(1 - ᾱ) times shift² (Hoogeboom et al. 2023), β = 1 - ᾱ(i+1)/ᾱ(i) clipped to 0.9999. Everything is computed in
-    float64 from the clipped β and stored as float32. Tables follow `.to(device)`; they keep float32 and are no part of
-    a checkpoint. `signal` gives ᾱ in float64.
+    The cumulative signal is ᾱ(i) = cos²((i/T + s) / (1 + s) · π/2) over its first value, β = 1 - ᾱ(i+1)/ᾱ(i) clipped
+    to 0.9999. Everything is computed in float64 from the clipped β and stored as float32. Tables follow
+    `.to(device)`; they keep float32 and are no part of a checkpoint. `signal` gives ᾱ in float64.
     """
 
     betas: Tensor
@@ -28,9 +27,6 @@ class NoiseSchedule(nn.Module):
         self.config = config = config or ScheduleConfig()
         steps = torch.arange(config.timesteps + 1, dtype=torch.float64) / config.timesteps
         signal = torch.cos((steps + config.s) / (1 + config.s) * (math.pi / 2)) ** 2
-        if config.shift != 1:
-            ratio = signal / signal[0] * config.shift**2
-            signal = ratio / (ratio + 1 - signal / signal[0])
         betas = (1 - signal[1:] / signal[:-1]).clamp(0, 0.9999)
         cumprod = (1 - betas).cumprod(0)
         tables = {

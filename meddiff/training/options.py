@@ -12,7 +12,6 @@ from meddiff.config import (
     DenoiserConfig,
     FastMRIConfig,
     MasksConfig,
-    ScheduleConfig,
     SparseViewCTConfig,
     TaskConfig,
 )
@@ -272,14 +271,11 @@ class DenoiserTraining(DiffusionTraining):
         data: Folder that `meddiff train latents` wrote.
         autoencoder: Folder of the autoencoder that encoded them; it becomes part of the model.
         model: Of the denoiser.
-        schedule: Of the noise. Latents of a standard deviation far below 0.5 want a shift of about 0.5 over it, else
-            most timesteps are nothing but noise.
     """
 
     data: str
     autoencoder: str
     model: DenoiserConfig = field(default_factory=DenoiserConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
 @dataclass(frozen=True, kw_only=True)
