@@ -99,7 +99,10 @@ def test_it_generates_different_volumes_of_its_kind(tmp_path, template, capsys):
         record = json.loads((tmp_path / f"{seed}.json").read_text())
         assert record["anatomy"] == "mr_t1_brain" and record["size"] == list(SIZE) and record["model"]["trained"]
         brains.append(nib.load(out).get_fdata() / 1000)
-    inside = template[0].data > 200
+    mean = template[0].data / 1000
+    inside = mean > 0.2
     for brain in brains:
+        assert np.corrcoef(brain.ravel(), mean.ravel())[0, 1] > 0.85  # a brain, in its place
+        assert np.corrcoef(brain[inside], mean[inside])[0, 1] > 0.35  # with something of its tissues
         assert brain[inside].mean() > 5 * brain[~inside].mean()  # bright where a brain is, in a field of air
     assert np.abs(brains[0] - brains[1])[inside].mean() > 0.01
