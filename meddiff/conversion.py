@@ -28,12 +28,13 @@ from meddiff.config import AutoencoderConfig, DenoiserConfig, ModelConfig
 
 _MAX_PICKLE_BYTES, _MAX_DEPTH, _MAX_DIMENSIONS, _MAX_NAME = 16 << 20, 64, 8, 200
 _LEGACY_HEAD = [0x1950A86A20F9469CFC6C, 1001]  # magic number and protocol of torch's older format
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 _DTYPES |= {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16}
 _DTYPES |= {"Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8}
 
 _WEIGHTS_KEY = {"autoencoder": "state_dict", "denoiser": "ema"}
-_TRAINING_ONLY = {"volume_discriminator.": "discriminator of the training", "perceptual_loss.": "loss of the training"}
+_DISCRIMINATOR = "volume_discriminator."
+_TRAINING_ONLY = {_DISCRIMINATOR: "discriminator of the training", "perceptual_loss.": "loss of the training"}
 _TRAINING_STATE = ("opt", "optimizer_states", "lr_schedulers", "scaler", "callbacks", "loops")
 _BESIDE = {"model": "weights before the moving average"} | dict.fromkeys(_TRAINING_STATE, "state of the training")
 
@@ -133,25 +134,61 @@ def _read(
             )
         state = {}
         for key in expected:
-            view = views[key]
-            stored = read_storage(view.storage).as_strided(view.shape, view.stride, view.offset)
+            stored = _tensor(views[key], read_storage)
             state[key] = stored.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
             checkpoint.require_finite(component, key, state[key])
-            report.taken[key] = f"{stored.dtype} {view.shape}"
+            report.taken[key] = f"{stored.dtype} {views[key].shape}"
     return config, state, report
+
+
+def read_discriminator(file: str | Path, wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The weights of the discriminator in a released autoencoder's file, or in a file that holds nothing else.
+
+    Args:
+        file: PyTorch Lightning checkpoint, state dict or safetensors; keys may begin with `volume_discriminator.`.
+        wanted: a state dict with the keys, shapes and dtypes that they must have, or be converted to.
+
+    Raises CheckpointError for a file that is damaged or hostile, or whose weights are others or not finite.
+    """
+    file = Path(file).expanduser()
+    report = ComponentReport(file.name)
+    with _open(file, report) as (contents, read_storage):
+        weights, _ = _state_dict("autoencoder", contents, report)
+        prefixed = {key: view for key, view in weights.items() if key.startswith(_DISCRIMINATOR)}
+        views = {key.removeprefix(_DISCRIMINATOR): view for key, view in (prefixed or weights).items()}
+        shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
+        if problems := checkpoint.key_problems(shapes, {key: view.shape for key, view in views.items()}):
+            raise CheckpointError(f"holds no discriminator that fits: {'; '.join(problems)}")
+        if odd := [repr(key) for key in wanted if views[key].storage.dtype is None]:
+            raise CheckpointError(f"{len(odd)} tensors of unknown dtypes: {abridge(odd)}")
+        state = {key: _tensor(views[key], read_storage).to(like.dtype, copy=True) for key, like in wanted.items()}
+        for key, tensor in state.items():
+            checkpoint.require_finite("discriminator", key, tensor)
+    return state
+
+
+def _tensor(view: _View, read_storage: Callable[[_Storage], Tensor]) -> Tensor:
+    return read_storage(view.storage).as_strided(view.shape, view.stride, view.offset)
 
 
 def _weights(component: str, contents: Any, report: ComponentReport) -> dict[str, _View]:
     """The model's weights in `contents`. All other tensors go to the report, as skipped or as unexplained."""
-    place = _WEIGHTS_KEY[component]
-    weights = contents
+    weights, beside = _state_dict(component, contents, report)
+    for path, leaf in _leaves(beside):
+        if isinstance(leaf, _View) and path[0] in _BESIDE:
+            report.skipped["/".join(path)[:_MAX_NAME]] = _BESIDE[path[0]]
+        elif isinstance(leaf, _View):
+            report.unexplained.append("/".join(path)[:_MAX_NAME])
+    for prefix, reason in _TRAINING_ONLY.items():
+        report.skipped |= {key: reason for key in weights if key.startswith(prefix)}
+    return {key: view for key, view in weights.items() if key not in report.skipped}
+
+
+def _state_dict(component: str, contents: Any, report: ComponentReport) -> tuple[dict[str, _View], dict[Any, Any]]:
+    """The state dict that `contents` is, or holds under the component's key, and what else it holds."""
+    place, weights, beside = _WEIGHTS_KEY[component], contents, {}
     if isinstance(contents, dict) and not all(isinstance(value, _View) for value in contents.values()):
-        weights = contents.get(place)
-        for path, leaf in _leaves({key: value for key, value in contents.items() if key != place}):
-            if isinstance(leaf, _View) and path[0] in _BESIDE:
-                report.skipped["/".join(path)[:_MAX_NAME]] = _BESIDE[path[0]]
-            elif isinstance(leaf, _View):
-                report.unexplained.append("/".join(path)[:_MAX_NAME])
+        weights, beside = contents.get(place), {key: value for key, value in contents.items() if key != place}
     if not isinstance(weights, dict) or not weights:
         raise CheckpointError(f"must be a state dict, or have one as {place!r}; is this the {component}'s file?")
     strangers = [repr(str(key)) for key, value in weights.items() if type(key) is not str or type(value) is not _View]
@@ -160,9 +197,7 @@ def _weights(component: str, contents: Any, report: ComponentReport) -> dict[str
     if all(key.startswith("module.") for key in weights):
         weights = {key.removeprefix("module."): view for key, view in weights.items()}
         report.notes.append("took the prefix 'module.' of distributed training off every key")
-    for prefix, reason in _TRAINING_ONLY.items():
-        report.skipped |= {key: reason for key in weights if key.startswith(prefix)}
-    return {key: view for key, view in weights.items() if key not in report.skipped}
+    return weights, beside
 
 
 def _infer(

@@ -12,9 +12,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from meddiff.checkpoint import load_component, save_component
+from meddiff.conversion import read_discriminator
+from meddiff.files import atomic_write
 from meddiff.models import PatchVolumeAutoencoder
 from meddiff.models.autoencoder import AttentionBlock, ResBlock
 from meddiff.report import save_comparison
@@ -144,6 +147,8 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
         raise ValueError(f"train_autoencoder: {options.initial}: its codebook was never trained; run stage 1 first")
     model = _Reconstruction(autoencoder, options)
     discriminator = PatchDiscriminator(config.image_channels)
+    if options.discriminator is not None:
+        discriminator.load_state_dict(read_discriminator(options.discriminator, discriminator.state_dict()))
     adam = [
         torch.optim.Adam([p for p in part.parameters() if p.requires_grad], options.learning_rate, _BETAS)
         for part in (model, discriminator)
@@ -205,9 +210,7 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
                 y = model(x, quantized)[0]
             (real, _), (fake, _) = discriminator(x), discriminator(y)
             loss = hinge_loss(real, fake)
-            accelerator.backward(loss)
-            discriminator_optimizer.step()
-            discriminator_optimizer.zero_grad()
+            run.descend(loss, discriminator, discriminator_optimizer)
             run.log(step, discriminator=loss)
 
     if not run.complete:
@@ -215,5 +218,9 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
     trained = run.folder / "autoencoder"
     if accelerator.is_main_process:
         save_component(trained, "autoencoder", accelerator.unwrap_model(model).autoencoder)
+        if options.discriminator_start is not None:
+            weights = {k: v.cpu() for k, v in accelerator.unwrap_model(discriminator).state_dict().items()}
+            with atomic_write(run.folder / "discriminator.safetensors") as temporary:
+                save_file(weights, temporary)
     accelerator.wait_for_everyone()
     return trained

@@ -10,6 +10,7 @@ import nibabel as nib
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
 
 from meddiff.checkpoint import load_component, save_component
 from meddiff.models import PatchVolumeAutoencoder
@@ -137,6 +138,22 @@ def test_stage_2_trains_decoder_and_post_vq_conv_alone(options, tmp_path):
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert {key.split(".")[0] for key in changed} == {"decoder", "post_vq_conv"}
     assert all(key in changed for key in before if key.startswith("decoder."))
+
+
+def test_stage_2_begins_with_the_discriminator_of_stage_1(options, tmp_path):
+    first = train_autoencoder(replace(options, discriminator_start=0, steps=2))
+    file = first.with_name("discriminator.safetensors")
+    before, end = (
+        load_file(file)["model0.0.weight"],
+        replace(options, stage=2, initial=str(first), volume_size=(16, 16, 16), steps=2),
+    )
+    for start, same in ((1, True), (0, False)):  # from step `start` every second step is the discriminator's
+        AcceleratorState._reset_state(True)
+        run = replace(end, out=str(tmp_path / f"{start}"), discriminator_start=start, discriminator=str(file))
+        after = load_file(train_autoencoder(run).with_name("discriminator.safetensors"))
+        assert torch.equal(after["model0.0.weight"], before) == same
+    with pytest.raises(ValueError, match="discriminator needs discriminator_start"):
+        replace(options, discriminator=str(file))
 
 
 def test_stage_2_without_a_trained_codebook_is_refused(options, tmp_path, tiny_autoencoder_config):
