@@ -46,6 +46,11 @@ class NoiseSchedule(nn.Module):
         """ᾱ of integer timesteps on the CPU, float64; 1 for -1, the clean latent."""
         return self._signal[t + 1]
 
+    def draw_timesteps(self, count: int, bias: float = 0.0) -> Tensor:
+        """Random timesteps, int64 [count] on the schedule's device, with a density that grows as t^bias."""
+        u = torch.rand(count, device=self.betas.device)
+        return (self.timesteps * u ** (1 / (1 + bias))).long().clamp(max=self.timesteps - 1)
+
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Draw from q(x_t | x_0). x0 and noise [B, C, D, H, W], t integer [B]."""
         return _at(self.sqrt_alphas_cumprod, t) * x0 + _at(self.sqrt_one_minus_alphas_cumprod, t) * noise

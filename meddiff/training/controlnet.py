@@ -72,7 +72,7 @@ def train_controlnet(options: ControlNetTraining) -> Path:
         x0, y, condition = (part.to(device) for part in next(batches))
         condition = _network_batch(condition, task)
         noise = torch.randn_like(x0)
-        t = torch.randint(schedule.timesteps, (len(x0),), device=device)
+        t = schedule.draw_timesteps(len(x0), options.timestep_bias)
         resolution = x0.new_tensor(x0.shape[2:]) / RESOLUTION_UNIT
         with accelerator.autocast():
             steer = partial(model, condition=condition)

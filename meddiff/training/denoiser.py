@@ -54,7 +54,7 @@ def train_denoiser(options: DenoiserTraining) -> Path:
     for step in run.steps(start, optimizer):
         x0, y = (part.to(device) for part in next(batches))
         noise = torch.randn_like(x0)
-        t = torch.randint(schedule.timesteps, (len(x0),), device=device)
+        t = schedule.draw_timesteps(len(x0), options.timestep_bias)
         resolution = x0.new_tensor(x0.shape[2:]) / RESOLUTION_UNIT
         with accelerator.autocast():
             estimate = model(schedule.add_noise(x0, t, noise), t, y, resolution)

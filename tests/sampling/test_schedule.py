@@ -43,3 +43,13 @@ def test_other_lengths():
     assert schedule.betas.shape == (10,) and (schedule.betas > 0).all() and schedule.betas[-1] == 0.9999
     with pytest.raises(ValueError, match="timesteps"):
         ScheduleConfig(timesteps=0)
+
+
+@pytest.mark.parametrize("bias", [0.0, 1.0, 2.5])
+def test_timesteps_are_drawn_with_a_density_that_grows_as_their_power(schedule, bias):
+    torch.manual_seed(0)
+    t = schedule.draw_timesteps(200_000, bias)
+    assert t.dtype == torch.int64 and t.min() >= 0 and t.max() == schedule.timesteps - 1
+    for share in (0.25, 0.5, 0.9):
+        below = (t < share * schedule.timesteps).double().mean().item()
+        assert below == pytest.approx(share ** (1 + bias), abs=0.005)
