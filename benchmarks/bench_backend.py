@@ -1,7 +1,8 @@
 """Other projects' networks, random weights, plain and accelerated: the published 3D MedDiffusion autoencoder and
-BiFlowNet, MONAI's MAISI decoder without splits, MONAI's and vector-quantize-pytorch's quantisers.
+BiFlowNet, MONAI's MAISI autoencoder without splits, MONAI's and vector-quantize-pytorch's quantisers.
 
 python benchmarks/bench_backend.py --size 128 --tokens 32768
+python benchmarks/bench_backend.py --only maisi --size 192 --budget 1.2 --repeats 1
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def _networks(preset: str, size: int) -> Iterator[Case]:
 
 
 def _maisi(size: int, budget: int | None) -> Iterator[Case]:
-    """With the published configuration; its factor of downsampling is 4."""
+    """With the published configuration, which halves every axis twice."""
     try:
         from monai.apps.generation.maisi.networks.autoencoderkl_maisi import AutoencoderKlMaisi
     except ImportError:
@@ -55,9 +56,12 @@ def _maisi(size: int, budget: int | None) -> Iterator[Case]:
     torch.manual_seed(0)
     blocks = {"num_channels": [64, 128, 256], "num_res_blocks": [2, 2, 2], "attention_levels": [False] * 3}
     model = AutoencoderKlMaisi(3, 1, 1, latent_channels=4, norm_num_groups=32, num_splits=1, **blocks)
-    z = torch.randn(1, 4, *[size // 4] * 3, generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(1, 4, *[size // 4] * 3, generator=generator)
+    volume = torch.rand(1, 1, size, size, size, generator=generator)
     limit = "" if budget is None else f", {budget / 1e9:g} GB"
     yield f"MAISI decode, {size}³{limit}", model, lambda m: m.decode(z.to(_dtype(m)))
+    yield f"MAISI encode, {size}³{limit}", model, lambda m: m.encode(volume.to(_dtype(m)))[0]
 
 
 def _quantisers(tokens: int, codes: int, dim: int) -> Iterator[Case]:
@@ -127,8 +131,9 @@ def _cells(figures: dict) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=tuple(PRESETS), default="8x")
+    parser.add_argument("--only", choices=("published", "maisi", "quantisers"), help="by default all of them")
     parser.add_argument("--size", type=int, default=128, help="voxels along each axis")
-    parser.add_argument("--budget", type=float, help="GB for MAISI's decode, beside the weights")
+    parser.add_argument("--budget", type=float, help="GB for MAISI, beside the weights")
     parser.add_argument("--tokens", type=int, default=32768)
     parser.add_argument("--codes", type=int, default=8192)
     parser.add_argument("--dim", type=int, default=8, help="channels of a code")
@@ -138,13 +143,20 @@ def main() -> None:
     dtypes = [torch.float32, torch.bfloat16] if arguments.bfloat16 else [torch.float32]
     budget = None if arguments.budget is None else int(1e9 * arguments.budget)
     rows = []
+
+    def wanted(name: str) -> bool:
+        return arguments.only in (None, name)
+
     with torch.inference_mode():
-        for case in _networks(arguments.preset, arguments.size):
-            rows += _bench(*case, dtypes, arguments.repeats)
-        for case in _maisi(arguments.size, budget):
-            rows += _bench(*case, dtypes[:1], arguments.repeats, budget)
-        for case in _quantisers(arguments.tokens, arguments.codes, arguments.dim):
-            rows += _bench(*case, dtypes[:1], arguments.repeats)
+        if wanted("published"):
+            for case in _networks(arguments.preset, arguments.size):
+                rows += _bench(*case, dtypes, arguments.repeats)
+        if wanted("maisi"):
+            for case in _maisi(arguments.size, budget):
+                rows += _bench(*case, dtypes[:1], arguments.repeats, budget)
+        if wanted("quantisers"):
+            for case in _quantisers(arguments.tokens, arguments.codes, arguments.dim):
+                rows += _bench(*case, dtypes[:1], arguments.repeats)
     print_table(["case", "dtype", "ms p50", "peak MiB", "× plain"], rows)
 
 

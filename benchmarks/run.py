@@ -40,7 +40,7 @@ SETS = {
     ),
     "controlnet": ("bench_controlnet.py",),
     "decode": ("bench_joint_decode.py --sizes 128 256 --budgets 0.9GB 3GB --peers eager best disjoint",),
-    "backend": ("bench_backend.py",),
+    "backend": ("bench_backend.py", "bench_backend.py --only maisi --size 192 --budget 1.2 --repeats 1"),
     "sampler": ("bench_sampler.py",),
     "sample": (
         "sample_512.py --peer",
