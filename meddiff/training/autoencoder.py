@@ -110,12 +110,45 @@ def equalize_latents(autoencoder: PatchVolumeAutoencoder, features: Tensor) -> N
     values = values.clamp_min(values[-1] * 1e-6)  # of a direction that the decoder ignores
     basis = (vectors * values.sqrt()) @ vectors.T
     basis /= ((basis @ covariance @ basis.T).trace() / len(basis)).sqrt()
-    with torch.no_grad():
-        post_weight = post.weight.double().flatten(1)
-        post.bias.add_(post_weight @ mean)
-        post.weight.copy_((post_weight @ basis.inverse()).view_as(post.weight))
-        pre.bias.copy_(basis @ (pre.bias.double() - mean))
-        pre.weight.copy_((basis @ pre.weight.double().flatten(1)).view_as(pre.weight))
+    _change_basis(autoencoder, basis, basis @ mean)
+
+
+@torch.no_grad()
+def spread_codes(autoencoder: PatchVolumeAutoencoder) -> None:
+    """Turn and shift the latent so that its codes fill the denoiser's range; reconstructions stay what they are.
+
+    The range is set by the two extremes of all codes in all channels, so that a channel of large numbers, or one that
+    lies off centre, leaves latents that are small beside the noise. Turned by their principal axes and then by a
+    Hadamard matrix all channels have the variance of the mean, and each is shifted to lie around 0. Distances, and with
+    them the nearest codes, do not change. Raises ValueError where the channels are no power of two.
+    """
+    book, channels = autoencoder.codebook, autoencoder.config.embedding_dim
+    if channels & (channels - 1):
+        raise ValueError(f"spread_codes: serves latents of 2, 4, 8, 16, … channels, not of {channels}")
+    codes, use = book.embeddings.double(), book.N.double() / book.N.double().sum()
+    away = codes - use @ codes
+    _, axes = torch.linalg.eigh(away.T @ (use[:, None] * away))
+    mix = axes.new_ones(1, 1)  # a Hadamard matrix
+    while len(mix) < channels:
+        mix = torch.cat([torch.cat([mix, mix], 1), torch.cat([mix, -mix], 1)]) / 2**0.5
+    turn = mix @ axes.T
+    turned = codes @ turn.T
+    offset = (turned.amax(0) + turned.amin(0)) / 2
+    book.z_avg.copy_(book.z_avg.double() @ turn.T - book.N.double()[:, None] * offset)
+    book.embeddings.copy_(turned - offset)
+    _change_basis(autoencoder, turn, offset)
+
+
+@torch.no_grad()
+def _change_basis(autoencoder: PatchVolumeAutoencoder, basis: Tensor, offset: Tensor) -> None:
+    """From latents z to `basis` z - `offset`, float64 [8, 8] and [8]: `pre_vq_conv` takes it in, `post_vq_conv` the
+    inverse."""
+    pre, post = autoencoder.pre_vq_conv, autoencoder.post_vq_conv
+    post_weight = post.weight.double().flatten(1) @ basis.inverse()
+    post.bias.add_(post_weight @ offset)
+    post.weight.copy_(post_weight.view_as(post.weight))
+    pre.bias.copy_(basis @ pre.bias.double() - offset)
+    pre.weight.copy_((basis @ pre.weight.double().flatten(1)).view_as(pre.weight))
 
 
 def _mean_over_processes(tensor: Tensor) -> Tensor:
@@ -217,6 +250,8 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
         return run.folder
     trained = run.folder / "autoencoder"
     if accelerator.is_main_process:
+        if options.stage == 1 and options.spread_codes:
+            spread_codes(accelerator.unwrap_model(model).autoencoder)
         save_component(trained, "autoencoder", accelerator.unwrap_model(model).autoencoder)
         if options.discriminator_start is not None:
             weights = {k: v.cpu() for k, v in accelerator.unwrap_model(discriminator).state_dict().items()}

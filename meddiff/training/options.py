@@ -93,6 +93,8 @@ class AutoencoderTraining(RunOptions):
             and learns to use all of their channels; then they are given the basis that suits the codes best.
         least_use: Uses per step below which a code is replaced (moving average); where a step has few latents for each
             code, one that is low enough for codes to last.
+        spread_codes: Whether in the end of stage 1 the latent is turned, which changes no reconstruction, so that the
+            codes fill the range in which the denoiser meets them; otherwise a few large codes can leave it small.
         l1_weight: Weight of the voxels' L1 distance.
         perceptual: Perceptual loss: none, lpips or medicalnet.
         perceptual_weights: File with the weights of its network; by default they are downloaded.
@@ -116,6 +118,7 @@ class AutoencoderTraining(RunOptions):
     cache: str | None = None
     quantize_start: int = 0
     least_use: float = 1.0
+    spread_codes: bool = False
     l1_weight: float = 4.0
     perceptual: Literal["none", "lpips", "medicalnet"] = "none"
     perceptual_weights: str | None = None
@@ -129,6 +132,9 @@ class AutoencoderTraining(RunOptions):
         super().__post_init__()
         if self.stage == 2 and self.initial is None:
             raise ValueError("AutoencoderTraining: stage 2 needs initial, what stage 1 wrote")
+        channels = self.model.embedding_dim
+        if self.spread_codes and channels & (channels - 1):
+            raise ValueError(f"AutoencoderTraining: spread_codes wants 2, 4, 8, 16, … latent channels, not {channels}")
         if self.discriminator is not None and self.discriminator_start is None:
             raise ValueError("AutoencoderTraining: discriminator needs discriminator_start, the step when it starts")
 

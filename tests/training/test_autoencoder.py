@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from safetensors.torch import load_file
 from meddiff.checkpoint import load_component, save_component
 from meddiff.models import PatchVolumeAutoencoder
 from meddiff.models.autoencoder import ResBlock
-from meddiff.training.autoencoder import equalize_latents, initialise, train_autoencoder
+from meddiff.training.autoencoder import equalize_latents, initialise, spread_codes, train_autoencoder
 from meddiff.training.options import AutoencoderTraining
 
 
@@ -125,6 +126,40 @@ def test_equal_distances_of_latents_change_the_reconstruction_equally(autoencode
     torch.testing.assert_close(z.mean((0, 2, 3, 4)), torch.zeros(channels), rtol=0, atol=1e-3)
     assert z.var((0, 2, 3, 4)).mean().item() == pytest.approx(1, rel=0.02)
     assert spread() < uneven / 5
+
+
+def test_codes_spread_over_the_range_and_reconstructions_stay(autoencoder):
+    book, channels = autoencoder.codebook, autoencoder.config.embedding_dim
+    sizes = torch.logspace(-1, 1, channels)
+    codes = torch.randn_like(book.embeddings) * sizes + 5 * torch.randn(channels)
+    book.embeddings.copy_(codes), book.N.uniform_(1, 5), book.z_avg.copy_(codes * book.N[:, None])
+    turned = copy.deepcopy(autoencoder)
+    spread_codes(turned)
+    new, use = turned.codebook.embeddings, book.N / book.N.sum()
+    torch.testing.assert_close(torch.pdist(new), torch.pdist(codes), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(turned.codebook.z_avg, new * book.N[:, None], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(new.amax(0), -new.amin(0), rtol=1e-4, atol=1e-4)
+    variance = use @ (new - use @ new).square()
+    torch.testing.assert_close(variance, variance.mean().expand(channels), rtol=1e-3, atol=0)
+
+    def width(codes: torch.Tensor) -> torch.Tensor:
+        return (codes - codes.mean(0)).square().mean().sqrt() / (codes.max() - codes.min())
+
+    assert width(new) > 1.5 * width(codes)
+    x = torch.rand(1, 1, 32, 16, 16) * 2 - 1
+    torch.testing.assert_close(turned.encode_to_codes(x)[1], autoencoder.encode_to_codes(x)[1], rtol=0, atol=0)
+    torch.testing.assert_close(turned(x), autoencoder(x), rtol=1e-3, atol=1e-4)
+
+
+def test_stage_1_can_spread_its_codes(options, tmp_path):
+    plain = load_component(train_autoencoder(replace(options, steps=2)), "autoencoder")
+    AcceleratorState._reset_state(True)
+    run = replace(options, steps=2, out=str(tmp_path / "spread"), spread_codes=True)
+    spread = load_component(train_autoencoder(run), "autoencoder")
+    spread_codes(plain)
+    torch.testing.assert_close(spread.codebook.embeddings, plain.codebook.embeddings)
+    with pytest.raises(ValueError, match="spread_codes wants"):
+        replace(options, spread_codes=True, model=replace(options.model, embedding_dim=6))
 
 
 def test_stage_2_trains_decoder_and_post_vq_conv_alone(options, tmp_path):
