@@ -30,7 +30,7 @@ from torch import Tensor
 import meddiff
 from meddiff.config import PRESETS
 from meddiff.report import save_mid_planes
-from meddiff.resources import StageMeter, default_device
+from meddiff.resources import StageMeter, bytes_of, default_device
 from meddiff.sampling import SOLVERS, solver_timesteps
 from meddiff.sampling.sampler import NoiseSource
 from meddiff.volume import Volume
@@ -58,6 +58,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", type=torch.device, help="such as cuda or cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"))
+    parser.add_argument("--budget", type=bytes_of, help="memory for decoding, by default what is free")
     parser.add_argument("--out", type=Path, default=Path("out/sample_512.nii"), help="NIfTI file to write")
     parser.add_argument(
         "--peer", nargs="*", choices=list(_PEERS), metavar="PEER", help=f"compare with {', '.join(_PEERS)}, or one"
@@ -89,6 +90,7 @@ def run_meddiff(arguments: argparse.Namespace) -> dict:
     """The stages and the record of our pipeline, in this process."""
     start = time.perf_counter()
     model = load(arguments, arguments.dtype and getattr(torch, arguments.dtype))
+    model.memory_budget = arguments.budget
     loading = time.perf_counter() - start
     if not model.trained:
         print(f"random weights (preset {arguments.preset}): the volume is noise, its times and memory are real")
@@ -258,6 +260,8 @@ def main() -> int:
         stages, record = [*result["stages"], total(result["stages"])], result["record"]
         source = "trained model" if arguments.model else arguments.preset
         how = f"{record['solver']} {record['steps']} steps"
+        if arguments.budget is not None:
+            how += f", {arguments.budget / 1e9:g} GB for decoding"
         line = {
             "benchmark": "sample_512",
             "case": f"sample, decode and write, {source}, {arguments.size}³, {how}",

@@ -18,19 +18,29 @@ class UsageError(Exception):
     """Arguments that do not go together."""
 
 
-def load_model(model: str | None, untrained: str | None, device: str | None, dtype: str | None) -> MedDiffusion:
+def load_model(
+    model: str | None, untrained: str | None, device: str | None, dtype: str | None, budget: str | None = None
+) -> MedDiffusion:
     """The model of --model, of --untrained, or the small demo that ships; UsageError for both."""
     import torch
 
     from meddiff.pipelines import MedDiffusion
+    from meddiff.resources import bytes_of
 
     if model is not None and untrained is not None:
         raise UsageError("give either --model DIR or --untrained PRESET (random weights)")
     precision = getattr(torch, dtype) if dtype else None
+    try:
+        limit = bytes_of(budget) if budget else None
+    except ValueError as error:
+        raise UsageError(f"--budget: {error}") from None
     if untrained is None:
-        return MedDiffusion.from_pretrained(model or "demo", device, precision)
-    warnings.warn(f"--untrained {untrained}: random weights, so the result is noise", stacklevel=2)
-    return MedDiffusion.untrained(untrained, device=device, dtype=precision)
+        loaded = MedDiffusion.from_pretrained(model or "demo", device, precision)
+    else:
+        warnings.warn(f"--untrained {untrained}: random weights, so the result is noise", stacklevel=2)
+        loaded = MedDiffusion.untrained(untrained, device=device, dtype=precision)
+    loaded.memory_budget = limit
+    return loaded
 
 
 def check_target(path: str | None, suffixes: tuple[str, ...]) -> None:

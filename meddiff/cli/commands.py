@@ -57,6 +57,7 @@ def reconstruct(
     high: float | None = None,
     device: str | None = None,
     dtype: Dtype | None = None,
+    budget: str | None = None,
 ) -> None:
     """Send a volume through the autoencoder: encode, quantise, decode jointly.
 
@@ -69,13 +70,14 @@ def reconstruct(
         high: Intensity that maps to 1; by default 1000 for CT, the 99.5th percentile for MR.
         device: Such as cuda, cuda:1 or cpu; by default the GPU where there is one.
         dtype: Of the networks; by default bfloat16 where the device has it.
+        budget: Memory that decoding may take beside the weights, such as 8GB; by default what is free.
     """
     from meddiff.volume import Volume
 
     check_target(out, (".nii", ".nii.gz"))
     window = check_window(low, high)
     original = Volume.load(volume, modality, window)
-    pipeline = load_model(model, untrained, device, dtype)
+    pipeline = load_model(model, untrained, device, dtype, budget)
     if out.endswith(".nii"):
         pipeline.reconstruct_to(out, original)
     else:
@@ -123,6 +125,7 @@ def decode(
     untrained: str | None = None,
     device: str | None = None,
     dtype: Dtype | None = None,
+    budget: str | None = None,
 ) -> None:
     """Decode a latent file into a volume.
 
@@ -132,12 +135,13 @@ def decode(
         untrained: The preset with random weights that encoded it.
         device: Such as cuda, cuda:1 or cpu; by default the GPU where there is one.
         dtype: Of the networks; by default bfloat16 where the device has it.
+        budget: Memory that decoding may take beside the weights, such as 8GB; by default what is free.
     """
     from meddiff.pipelines import EncodedVolume
 
     check_target(out, (".nii", ".nii.gz"))
     encoded = EncodedVolume.load(latent)
-    pipeline = load_model(model, untrained, device, dtype)
+    pipeline = load_model(model, untrained, device, dtype, budget)
     if out.endswith(".nii"):
         pipeline.decode_to(out, encoded)
     else:

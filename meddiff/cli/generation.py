@@ -50,6 +50,7 @@ def generate(
     device: str | None = None,
     decode_device: str | None = None,
     dtype: Dtype | None = None,
+    budget: str | None = None,
     force: bool = False,
 ) -> None:
     """Generate volumes from noise, or one as a condition asks for.
@@ -82,6 +83,7 @@ def generate(
         device: Such as cuda, cuda:1 or cpu; by default the GPU where there is one, for each process its own.
         decode_device: Device on which one volume is decoded while others are denoised; by default it is one for both.
         dtype: Of the networks; by default bfloat16 where the device has it.
+        budget: Memory that decoding may take beside the weights, such as 8GB; by default what is free.
         force: Begin even if a volume takes hours on this CPU.
     """
     from meddiff.pipelines import generate_controlled, jobs_from_count, jobs_from_list
@@ -111,7 +113,7 @@ def generate(
         raise UsageError("several processes share the volumes of --count or --list; give one, and a folder")
     if steered and model is None and untrained is None:
         model = _base(given)
-    loaded = load_model(model, untrained, _of_process(device, local, world), dtype)
+    loaded = load_model(model, untrained, _of_process(device, local, world), dtype, budget)
     if decode_device is not None:
         loaded.decode_on(decode_device)
     options = dict(solver=solver, steps=steps, eta=eta, order=order, timestep_spacing=timestep_spacing)

@@ -331,7 +331,7 @@ def latent_correction(model: MedDiffusion, agree: Callable[[Tensor], Tensor]) ->
     def correct(x0: Tensor, step: int) -> Tensor:
         d, h, w = x0.shape[2:]
         with on_device(autoencoder.device):
-            volume = autoencoder.decode_latent(x0).float().clamp(-1, 1)
+            volume = autoencoder.decode_latent(x0, model.memory_budget).float().clamp(-1, 1)
             after, before = (autoencoder.encode(v) for v in (agree(volume).clamp(-1, 1), volume))
             moved = (scale.scale(after) - scale.scale(before))[..., :d, :h, :w]
         return x0 + moved.to(x0.device)

@@ -52,6 +52,8 @@ class MedDiffusion:
         config: `ModelConfig`.
         trained: False for random weights, which generate noise.
         source: where the weights came from, in words.
+        memory_budget: bytes that decoding may take beside the weights, on the autoencoder's device; None, as at first,
+            is what is free. Less memory takes more time and gives the same volume within rounding.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class MedDiffusion:
         self.schedule = schedule
         self.source = source
         self.trained = trained
+        self.memory_budget: int | None = None
 
     @classmethod
     def from_pretrained(
@@ -158,7 +161,7 @@ class MedDiffusion:
     def decode_latent(self, latent: Tensor) -> Tensor:
         """Sampled latent, float [B, 8, d, h, w] in the denoiser's range → volume float32 [B, 1, D, H, W] in [-1, 1]."""
         with on_device(self.autoencoder.device):
-            return self.autoencoder.decode_latent(latent, progress=True).float().clamp_(-1, 1)
+            return self.autoencoder.decode_latent(latent, self.memory_budget, progress=True).float().clamp_(-1, 1)
 
     def generate(
         self,
@@ -182,7 +185,7 @@ class MedDiffusion:
 
         Raises:
             ValueError: for an unknown anatomy, or a size, spacing or option that does not fit.
-            MemoryError: if decoding needs more memory than is free.
+            MemoryError: if decoding needs more memory than `memory_budget`, or than is free.
         """
         return self.decode_sample(*self._sample_target(anatomy, size, spacing, seed, options))
 
@@ -209,7 +212,7 @@ class MedDiffusion:
         meter, affine = StageMeter(self.autoencoder.device), np.diag([*target.spacing, 1.0])
         with meter.stage("decode"), stream_volume(out, target.size, affine, target.intensity) as on_slab:
             with on_device(self.autoencoder.device):
-                self.autoencoder.decode_latent(latent, on_slab=on_slab, progress=True)
+                self.autoencoder.decode_latent(latent, self.memory_budget, on_slab, progress=True)
         record = self._complete(record, target, meter)
         write_json(out.with_suffix(".json"), record)
         return record
@@ -361,7 +364,9 @@ class MedDiffusion:
         """
         self._check_codebook(encoded)
         with stream_volume(out, encoded.shape, encoded.affine, encoded.intensity, encoded.source) as on_slab:
-            self.autoencoder.decode(encoded.indices[None], on_slab=on_slab, progress=True)
+            self.autoencoder.decode(
+                encoded.indices[None], memory_budget=self.memory_budget, on_slab=on_slab, progress=True
+            )
 
     def reconstruct(self, volume: Volume) -> Volume:
         """Encode, quantise and decode jointly: same size, affine, orientation, dtype and units as `volume`."""
@@ -385,7 +390,8 @@ class MedDiffusion:
 
     def _decode(self, indices: Tensor) -> Tensor:
         with on_device(self.autoencoder.device):
-            return self.autoencoder.decode(indices, progress=True).float().clamp_(-1, 1)
+            tensor = self.autoencoder.decode(indices, memory_budget=self.memory_budget, progress=True)
+            return tensor.float().clamp_(-1, 1)
 
     def _check_size(self, size: tuple[int, ...]) -> None:
         unit = self.size_unit

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 
 import nibabel as nib
 import numpy as np
@@ -77,8 +78,28 @@ def test_streamed_files_are_those_that_are_saved(model, scan, tmp_path):
     assert (tmp_path / "mr.nii").read_bytes() == (tmp_path / "generated.nii").read_bytes()
 
 
+def test_every_decode_keeps_to_the_budget(scan, tmp_path):
+    model = meddiff.untrained("tiny", dtype=torch.float32, device="cpu")
+    volume, latent = Volume.load(scan), torch.randn(1, 8, 8, 8, 8)
+    encoded, free = model.encode(volume), model.decode_latent(latent)
+    verbs = (
+        lambda: model.decode_latent(latent),
+        lambda: model.decode(encoded),
+        lambda: model.decode_to(tmp_path / "a.nii", encoded),
+        lambda: model.generate_to(tmp_path / "a.nii", "ct_legs", (64, 64, 64), steps=1),
+    )
+    model.memory_budget = 1000
+    for verb in verbs:
+        with pytest.raises(MemoryError, match="at least"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            verb()
+    assert [path.name for path in tmp_path.iterdir()] == [scan.name]
+    model.memory_budget = 8_000_000
+    torch.testing.assert_close(model.decode_latent(latent), free, rtol=0, atol=1e-4)
+
+
 def test_an_interrupted_decode_leaves_no_file(model, tmp_path, monkeypatch):
-    def interrupt(*arguments, on_slab, **options):
+    def interrupt(latent, budget, on_slab, **options):
         on_slab(torch.zeros(1, 1, 4, 64, 64), 0, 0)
         raise KeyboardInterrupt
 
