@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -228,6 +228,10 @@ class EvaluationOptions:
             raise ValueError("EvaluationOptions: task needs control, the folder of its ControlNet, and control a task")
         if self.task is not None and (self.disjoint or self.generated is not None):
             raise ValueError("EvaluationOptions: disjoint and generated are of a model, not of a task; leave them out")
+        of_tasks = ("solver", "steps", "seed", "strength", "consistency")
+        given = [f.name for f in fields(self) if f.name in of_tasks and getattr(self, f.name) != f.default]
+        if self.task is None and given:
+            raise ValueError(f"EvaluationOptions: {', '.join(given)}: of a task's samples; give --task and --control")
         if not Path(self.out).absolute().parent.is_dir():
             raise ValueError(
                 f"EvaluationOptions: {self.out}: there is no folder {Path(self.out).parent}; make it first"

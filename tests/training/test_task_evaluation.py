@@ -99,6 +99,8 @@ def test_what_does_not_go_together_is_refused(folder, tmp_path):
         evaluate_task(options(folder, tmp_path / "a.json", "fast_mri", data=str(tmp_path / "list.csv")))
     with pytest.raises(ValueError, match="task needs control"):
         EvaluationOptions(out=str(tmp_path / "a.json"), data="a", model="b", task="masks")
+    with pytest.raises(ValueError, match="steps, consistency: of a task's samples"):
+        EvaluationOptions(out=str(tmp_path / "a.json"), data="a", steps=5, consistency=False)
     for changes in ({"disjoint": True}, {"generated": "b"}):
         with pytest.raises(ValueError, match="disjoint and generated are of a model"):
             options(folder, tmp_path / "a.json", "masks", **changes)
