@@ -24,6 +24,14 @@ _EVALUATIONS = {  # what was decoded how → file of the evaluation, prefix of i
     "after stage 1, patches decoded by themselves": ("evaluation_stage1.json", "disjoint_"),
     "after stage 2, decoded jointly": ("evaluation.json", ""),
 }
+_TASKS = {  # file of a ControlNet's evaluation → its name, what its samples are compared with, prefix of that, scores
+    "task_fast_mri.json": (
+        "demo-fast-mri",
+        "the zero-filled image",
+        "condition_",
+        {"psnr": "PSNR, dB", "ssim": "SSIM"},
+    ),
+}
 _JOBS = ("biflownet_step", "joint_decode", "sample_512")
 _DISTANCES = {"latent, RMSE": "{:.4f}", "volume, RMSE": "{:.4f}", "volume, PSNR in dB": "{:.1f}"}
 _SOLVERS = """## Solvers
@@ -93,6 +101,21 @@ def scores() -> list[list[str]]:
     return rows
 
 
+def task_scores() -> list[list[str]]:
+    """What the ControlNets of the demo reach: means over brains that were not in training, of each size."""
+    rows = []
+    for file, (control, other, prefix, titles) in _TASKS.items():
+        groups: dict[str, list[dict]] = {}
+        for volume in json.loads((_DEMO / file).read_text())["volumes"]:
+            groups.setdefault("×".join(map(str, volume["size"])), []).append(volume)
+        for size, group in groups.items():
+            for key, title in titles.items():
+                means = (fmean(v[name] for v in group) for name in (key, prefix + key))
+                digits = 1 if key == "psnr" else 3
+                rows.append([f"`{control}`", size, title, *(f"{mean:.{digits}f}" for mean in means), other])
+    return rows
+
+
 def table(header: list[str], rows: list[list[str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in [header, ["---"] * len(header), *rows])
 
@@ -158,7 +181,9 @@ def main() -> None:
     insert(ROOT / "README.md", "results", table(_HEADER, jobs))
     header, quality = ["reconstruction", "of", *_SCORES.values(), "of the original"], scores()
     insert(_DEMO / "README.md", "scores", table(header, quality))
-    insert(ROOT / "README.md", "scores", table(header, [row for row in quality if row[1].startswith("T1")]))
+    tasks = ["ControlNet", "T1 volumes of", "score", "steered sample", "for comparison", "that of"]
+    insert(_DEMO / "README.md", "tasks", table(tasks, task_scores()))
+    insert(ROOT / "README.md", "scores", table(header, [row for row in quality if row[1].startswith("T1, 192")]))
 
 
 if __name__ == "__main__":

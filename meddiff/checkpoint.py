@@ -61,7 +61,8 @@ COMPONENTS: dict[str, tuple[type[ComponentConfig], Callable[[Any], nn.Module]]] 
     "autoencoder": (AutoencoderConfig, PatchVolumeAutoencoder),
     "denoiser": (DenoiserConfig, BiFlowNet),
 }
-SHIPPED = {"demo": Path(__file__).parent / "demo"}
+_DEMO = Path(__file__).parent / "demo"
+SHIPPED = {"demo": _DEMO, "demo-fast-mri": _DEMO / "controlnets" / "fast_mri"}
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _EXTRA_FILES = ("conversion.json",)
 _STORED_DTYPES = ("F32", "BF16", "F16")
@@ -218,7 +219,7 @@ def save_controlnet(
 def load_controlnet(
     source: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> LoadedControlNet:
-    """The ControlNet in a local folder, else in a Hugging Face repository; whether the base fits is the caller's check.
+    """The ControlNet that `locate` finds; whether the base fits is the caller's check.
 
     In eval mode, without gradients. Raises CheckpointError, naming file and key, for anything missing, malformed,
     unknown, misshapen or not finite.
@@ -440,7 +441,7 @@ def _move_into_place(staging: Path, folder: Path) -> None:
 
 
 def locate(source: str | Path) -> Path:
-    """The folder of a model: one that meddiff ships (SHIPPED), a local one, or the copy of a hub repository.
+    """The folder of a model or a ControlNet: one that ships (SHIPPED), a local one, or the copy of a hub repository.
 
     Raises CheckpointError where there is none.
     """

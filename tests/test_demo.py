@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import meddiff
-from meddiff.checkpoint import SHIPPED
+from meddiff.checkpoint import SHIPPED, load_controlnet
 from meddiff.cli import main
 from meddiff.config import ANATOMIES
 
@@ -40,16 +40,21 @@ def similarity(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
 
 
 def test_it_is_small_and_has_a_card():
-    files = [path for path in DEMO.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files if path.suffix == ".safetensors") <= 12_000_000
+    weights = [path for path in DEMO.rglob("*.safetensors") if "controlnets" not in path.parts]
+    assert sum(path.stat().st_size for path in weights) <= 12_000_000
+    controls = list((DEMO / "controlnets").rglob("*.safetensors"))
+    assert len(controls) == 1 and sum(path.stat().st_size for path in controls) <= 6_000_000
     assert "not a medical model" in (DEMO / "README.md").read_text()
-    assert {path.name for path in files} == {
+    assert {path.name for path in DEMO.rglob("*") if path.is_file()} == {
         "README.md",
         "config.json",
+        "conditions.png",
         "evaluation.json",
         "evaluation_stage1.json",
         "model.safetensors",
         "preview.png",
+        "samples.png",
+        "task_fast_mri.json",
     }
 
 
@@ -106,3 +111,27 @@ def test_it_generates_different_volumes_of_its_kind(tmp_path, template, capsys):
         assert np.corrcoef(brain[inside], mean[inside])[0, 1] > 0.35  # with something of its tissues
         assert brain[inside].mean() > 5 * brain[~inside].mean()  # bright where a brain is, in a field of air
     assert np.abs(brains[0] - brains[1])[inside].mean() > 0.01
+
+
+@pytest.fixture(scope="module")
+def unseen(tmp_path_factory):
+    """A T1 brain that no training saw."""
+    pytest.importorskip("nilearn")
+    from meddiff.training.options import PopulationOptions
+    from meddiff.training.population import make_population
+
+    folder = tmp_path_factory.mktemp("unseen")
+    kind = {"sizes": (SIZE,), "spacings": (SPACING,), "displacement": 1.5, "affine": 0.3}
+    make_population(PopulationOptions(out=str(folder), subjects=1, seed=7, anatomies=("mr_t1_brain",), **kind))
+    return folder / "0000_mr_t1_brain.nii.gz"
+
+
+def test_few_lines_of_k_space_become_a_better_image(tmp_path, unseen, capsys):
+    scale, task = ("--modality", "MR", "--low", "0", "--high", "1000"), load_controlnet("demo-fast-mri").task
+    measured = tmp_path / "lines.safetensors"
+    assert main(["measure", str(unseen), "--out", str(measured), "--control", "demo-fast-mri", *scale]) == 0
+    out, steer = tmp_path / "a.nii.gz", ("--control", "demo-fast-mri", "--condition", str(measured))
+    assert main(["generate", "--out", str(out), *steer, "--steps", "4"]) == 0
+    filled = meddiff.pipelines.Condition.load(measured, task).values.permute(1, 2, 0).numpy()
+    truth = nib.load(unseen).get_fdata()
+    assert similarity(nib.load(out).get_fdata(), truth)["psnr"] >= similarity(500 * (filled + 1), truth)["psnr"] + 2
