@@ -122,21 +122,26 @@ def spread_codes(autoencoder: PatchVolumeAutoencoder) -> None:
     Hadamard matrix all channels have the variance of the mean, and each is shifted to lie around 0. Distances, and with
     them the nearest codes, do not change. Raises ValueError where the channels are no power of two.
     """
-    book, channels = autoencoder.codebook, autoencoder.config.embedding_dim
-    if channels & (channels - 1):
-        raise ValueError(f"spread_codes: serves latents of 2, 4, 8, 16, … channels, not of {channels}")
+    book = autoencoder.codebook
     codes, use = book.embeddings.double(), book.N.double() / book.N.double().sum()
     away = codes - use @ codes
     _, axes = torch.linalg.eigh(away.T @ (use[:, None] * away))
-    mix = axes.new_ones(1, 1)  # a Hadamard matrix
-    while len(mix) < channels:
-        mix = torch.cat([torch.cat([mix, mix], 1), torch.cat([mix, -mix], 1)]) / 2**0.5
-    turn = mix @ axes.T
+    turn = _hadamard(len(axes)).to(axes) @ axes.T
     turned = codes @ turn.T
     offset = (turned.amax(0) + turned.amin(0)) / 2
     book.z_avg.copy_(book.z_avg.double() @ turn.T - book.N.double()[:, None] * offset)
     book.embeddings.copy_(turned - offset)
     _change_basis(autoencoder, turn, offset)
+
+
+def _hadamard(size: int) -> Tensor:
+    """Orthogonal, float64, all of its numbers of one magnitude. ValueError for a size that is no power of two."""
+    if size & (size - 1):
+        raise ValueError(f"spread_codes wants 2, 4, 8, 16, … latent channels, not {size}")
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)]) / 2**0.5
+    return matrix
 
 
 @torch.no_grad()
@@ -178,6 +183,8 @@ def train_autoencoder(options: AutoencoderTraining) -> Path:
     config = autoencoder.config
     if options.stage == 2 and not autoencoder.codebook.initialised:
         raise ValueError(f"train_autoencoder: {options.initial}: its codebook was never trained; run stage 1 first")
+    if options.spread_codes:
+        _hadamard(config.embedding_dim)  # what it refuses, it refuses before the training
     model = _Reconstruction(autoencoder, options)
     discriminator = PatchDiscriminator(config.image_channels)
     if options.discriminator is not None:

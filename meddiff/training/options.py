@@ -132,9 +132,8 @@ class AutoencoderTraining(RunOptions):
         super().__post_init__()
         if self.stage == 2 and self.initial is None:
             raise ValueError("AutoencoderTraining: stage 2 needs initial, what stage 1 wrote")
-        channels = self.model.embedding_dim
-        if self.spread_codes and channels & (channels - 1):
-            raise ValueError(f"AutoencoderTraining: spread_codes wants 2, 4, 8, 16, … latent channels, not {channels}")
+        if self.stage == 2 and self.spread_codes:
+            raise ValueError("AutoencoderTraining: spread_codes is for stage 1; stage 2 keeps the codes as they are")
         if self.discriminator is not None and self.discriminator_start is None:
             raise ValueError("AutoencoderTraining: discriminator needs discriminator_start, the step when it starts")
 

@@ -158,8 +158,14 @@ def test_stage_1_can_spread_its_codes(options, tmp_path):
     spread = load_component(train_autoencoder(run), "autoencoder")
     spread_codes(plain)
     torch.testing.assert_close(spread.codebook.embeddings, plain.codebook.embeddings)
-    with pytest.raises(ValueError, match="spread_codes wants"):
-        replace(options, spread_codes=True, model=replace(options.model, embedding_dim=6))
+    AcceleratorState._reset_state(True)
+    six = PatchVolumeAutoencoder(replace(options.model, embedding_dim=6))
+    save_component(tmp_path / "six", "autoencoder", six)
+    with pytest.raises(ValueError, match="spread_codes wants .* not 6"):
+        train_autoencoder(replace(run, out=str(tmp_path / "of_six"), initial=str(tmp_path / "six")))
+    assert not (tmp_path / "of_six" / "stats.jsonl").exists()  # before the training
+    with pytest.raises(ValueError, match="spread_codes is for stage 1"):
+        replace(run, stage=2, initial=str(tmp_path / "six"))
 
 
 def test_stage_2_trains_decoder_and_post_vq_conv_alone(options, tmp_path):
