@@ -153,7 +153,7 @@ def read_discriminator(file: str | Path, wanted: Mapping[str, Tensor]) -> dict[s
     file = Path(file).expanduser()
     report = ComponentReport(file.name)
     with _open(file, report) as (contents, read_storage):
-        weights, _ = _state_dict("autoencoder", contents, report)
+        weights = _state_dict("autoencoder", contents, report)
         prefixed = {key: view for key, view in weights.items() if key.startswith(_DISCRIMINATOR)}
         views = {key.removeprefix(_DISCRIMINATOR): view for key, view in (prefixed or weights).items()}
         shapes = {key: tuple(tensor.shape) for key, tensor in wanted.items()}
@@ -173,22 +173,23 @@ def _tensor(view: _View, read_storage: Callable[[_Storage], Tensor]) -> Tensor:
 
 def _weights(component: str, contents: Any, report: ComponentReport) -> dict[str, _View]:
     """The model's weights in `contents`. All other tensors go to the report, as skipped or as unexplained."""
-    weights, beside = _state_dict(component, contents, report)
-    for path, leaf in _leaves(beside):
-        if isinstance(leaf, _View) and path[0] in _BESIDE:
-            report.skipped["/".join(path)[:_MAX_NAME]] = _BESIDE[path[0]]
-        elif isinstance(leaf, _View):
-            report.unexplained.append("/".join(path)[:_MAX_NAME])
+    weights = _state_dict(component, contents, report)
     for prefix, reason in _TRAINING_ONLY.items():
         report.skipped |= {key: reason for key in weights if key.startswith(prefix)}
     return {key: view for key, view in weights.items() if key not in report.skipped}
 
 
-def _state_dict(component: str, contents: Any, report: ComponentReport) -> tuple[dict[str, _View], dict[Any, Any]]:
-    """The state dict that `contents` is, or holds under the component's key, and what else it holds."""
-    place, weights, beside = _WEIGHTS_KEY[component], contents, {}
+def _state_dict(component: str, contents: Any, report: ComponentReport) -> dict[str, _View]:
+    """The state dict that `contents` is, or holds under the component's key; tensors beside it go to the report."""
+    place = _WEIGHTS_KEY[component]
+    weights = contents
     if isinstance(contents, dict) and not all(isinstance(value, _View) for value in contents.values()):
-        weights, beside = contents.get(place), {key: value for key, value in contents.items() if key != place}
+        weights = contents.get(place)
+        for path, leaf in _leaves({key: value for key, value in contents.items() if key != place}):
+            if isinstance(leaf, _View) and path[0] in _BESIDE:
+                report.skipped["/".join(path)[:_MAX_NAME]] = _BESIDE[path[0]]
+            elif isinstance(leaf, _View):
+                report.unexplained.append("/".join(path)[:_MAX_NAME])
     if not isinstance(weights, dict) or not weights:
         raise CheckpointError(f"must be a state dict, or have one as {place!r}; is this the {component}'s file?")
     strangers = [repr(str(key)) for key, value in weights.items() if type(key) is not str or type(value) is not _View]
@@ -197,7 +198,7 @@ def _state_dict(component: str, contents: Any, report: ComponentReport) -> tuple
     if all(key.startswith("module.") for key in weights):
         weights = {key.removeprefix("module."): view for key, view in weights.items()}
         report.notes.append("took the prefix 'module.' of distributed training off every key")
-    return weights, beside
+    return weights
 
 
 def _infer(
