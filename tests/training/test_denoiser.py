@@ -211,7 +211,7 @@ def test_two_processes_train_one_denoiser_with_the_mean_of_their_gradients(
             torch.manual_seed(draw_seed(0, step, rank))
             x0, y = data[next(batches[rank])[0]]
             x0 = x0[None]
-            noise, t = torch.randn_like(x0), torch.randint(1000, (1,))
+            noise, t = torch.randn_like(x0), schedule.draw_timesteps(1)
             resolution = torch.tensor(x0.shape[2:]) / 64
             estimate = network(schedule.add_noise(x0, t, noise), t, torch.tensor([y]), resolution)
             loss = (estimate - noise).abs().mean()
