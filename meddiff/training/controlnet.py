@@ -32,6 +32,7 @@ from meddiff.training.data import ListedVolume, draw_seed, leave_out, list_volum
 from meddiff.training.ema import MovingAverage
 from meddiff.training.engine import TrainingRun
 from meddiff.training.latents import LatentDataset, latent_description
+from meddiff.training.losses import noise_loss
 from meddiff.training.options import ControlNetTraining
 
 
@@ -77,7 +78,7 @@ def train_controlnet(options: ControlNetTraining) -> Path:
         with accelerator.autocast():
             steer = partial(model, condition=condition)
             estimate = denoiser(schedule.add_noise(x0, t, noise), t, y, resolution, steer)
-        loss = F.l1_loss(estimate.float(), noise)
+        loss = noise_loss(estimate, noise, options.loss_scales)
         run.descend(loss, model, optimizer)
         average.update(accelerator.unwrap_model(model), step)
         run.log(step, loss=loss)

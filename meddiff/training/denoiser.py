@@ -8,7 +8,6 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from meddiff.checkpoint import load_component, save_model
@@ -19,6 +18,7 @@ from meddiff.sampling import RESOLUTION_UNIT, NoiseSchedule, sample_latent
 from meddiff.training.ema import MovingAverage
 from meddiff.training.engine import TrainingRun
 from meddiff.training.latents import LatentDataset
+from meddiff.training.losses import noise_loss
 from meddiff.training.options import DenoiserTraining
 
 
@@ -58,7 +58,7 @@ def train_denoiser(options: DenoiserTraining) -> Path:
         resolution = x0.new_tensor(x0.shape[2:]) / RESOLUTION_UNIT
         with accelerator.autocast():
             estimate = model(schedule.add_noise(x0, t, noise), t, y, resolution)
-        loss = F.l1_loss(estimate.float(), noise)
+        loss = noise_loss(estimate, noise, options.loss_scales)
         run.descend(loss, model, optimizer)
         average.update(accelerator.unwrap_model(model), step)
         run.log(step, loss=loss)

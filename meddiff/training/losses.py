@@ -1,4 +1,4 @@
-"""Losses of the autoencoder (Wang et al., TMI 2025, section III-B). All are float32, also under autocast."""
+"""Losses of autoencoder and denoiser (Wang et al., TMI 2025, section III). All are float32, also under autocast."""
 
 from __future__ import annotations
 
@@ -12,6 +12,21 @@ from torch import Tensor, nn
 
 _COMMITMENT = 0.25
 _SLICES = 0.2  # share of the slices that a 2D perceptual network sees
+
+
+def noise_loss(estimate: Tensor, noise: Tensor, scales: int = 1) -> Tensor:
+    """L1 distance of the noise [B, C, d, h, w] and its estimate: the sum of those at `scales` scales.
+
+    The difference is averaged over pairs along each axis from one scale to the next (Hoogeboom et al. 2023, "simple
+    diffusion", section 2.2). So what is wrong on average over a region counts beside what is wrong at random.
+    """
+    error = estimate.float() - noise
+    loss = error.abs().mean()
+    for _ in range(scales - 1):
+        kernel = [min(2, n) for n in error.shape[2:]]
+        error = F.avg_pool3d(error, kernel, ceil_mode=True, count_include_pad=False)
+        loss = loss + error.abs().mean()
+    return loss
 
 
 def commitment_loss(z: Tensor, rows: Tensor) -> Tensor:

@@ -265,6 +265,8 @@ class DiffusionTraining(RunOptions):
     Args:
         timestep_bias: Timesteps are drawn with a density that grows as their power of this. 0, uniform, is published;
             more helps a small network to learn what is the same in all volumes, which shows in much noise alone.
+        loss_scales: Scales at which noise and estimate are compared, each half as fine as the one before. 1 is
+            published; with more, brightness and coarse shape are learned earlier.
         ema_decay: Share of the old moving average in the new one.
         ema_every: Steps between updates of the moving average.
         ema_start: Steps during which it is a plain copy.
@@ -273,6 +275,7 @@ class DiffusionTraining(RunOptions):
     """
 
     timestep_bias: float = 0.0
+    loss_scales: int = 1
     ema_decay: float = 0.995
     ema_every: int = 10
     ema_start: int = 2000
@@ -283,6 +286,8 @@ class DiffusionTraining(RunOptions):
         super().__post_init__()
         if not self.timestep_bias >= 0:
             raise ValueError(f"{type(self).__name__}: timestep_bias must not be negative, got {self.timestep_bias}")
+        if self.loss_scales < 1:
+            raise ValueError(f"{type(self).__name__}: loss_scales must be at least 1, got {self.loss_scales}")
 
 
 @dataclass(frozen=True, kw_only=True)

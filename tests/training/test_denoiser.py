@@ -177,6 +177,12 @@ def test_classes_beyond_the_denoisers_are_refused(options):
         train_denoiser(replace(options, model=replace(options.model, num_classes=4)))
 
 
+@pytest.mark.parametrize("changes", [{"timestep_bias": -1.0}, {"timestep_bias": float("nan")}, {"loss_scales": 0}])
+def test_impossible_options_are_refused(options, changes):
+    with pytest.raises(ValueError, match=f"DenoiserTraining: {next(iter(changes))} must"):
+        replace(options, **changes)
+
+
 def test_two_processes_share_the_volumes(latents, autoencoder, tmp_path, two_processes):
     again = tmp_path / "latents"
     source = str(latents.parent / "list.json")

@@ -13,6 +13,7 @@ from meddiff.training.losses import (
     feature_matching_loss,
     hinge_loss,
     load_perceptual,
+    noise_loss,
 )
 
 
@@ -23,6 +24,27 @@ def test_commitment_pulls_the_latent_alone():
         loss.backward()
     assert loss.item() == pytest.approx(0.25 * 4)
     assert z.grad.flatten().tolist() == [0.5, 0.5] and rows.grad is None
+
+
+def test_noise_at_one_scale_is_the_published_l1_distance():
+    noise, estimate = torch.randn(2, 2, 3, 4, 5, 6, generator=torch.Generator().manual_seed(0))
+    assert noise_loss(estimate, noise) == torch.nn.functional.l1_loss(estimate, noise)
+    assert noise_loss(estimate.half(), noise).dtype == torch.float32
+
+
+def test_noise_at_several_scales_weighs_what_is_wrong_over_a_region():
+    noise = torch.zeros(1, 1, 4, 4, 2)
+    alternating = torch.tensor([1.0, -1.0]).expand(1, 1, 4, 4, 2)
+    for scales in (1, 2, 3, 9):
+        assert noise_loss(alternating, noise, scales) == 1  # averages to nothing
+        assert noise_loss(noise + 0.5, noise, scales) == 0.5 * scales
+    halves = torch.cat([torch.full((1, 1, 3, 4, 2), 2.0), torch.zeros(1, 1, 2, 4, 2)], dim=2)  # 5 planes → 3 → 2 → 1
+    by_hand = 2 * 3 / 5, (2 + 1 + 0) / 3, (1.5 + 0) / 2, 0.75
+    assert noise_loss(halves, torch.zeros_like(halves), 4).item() == pytest.approx(sum(by_hand))
+    with torch.enable_grad():
+        estimate = torch.zeros(1, 1, 2, 2, 2, requires_grad=True)
+        noise_loss(estimate, torch.ones(1, 1, 2, 2, 2), 2).backward()
+    assert torch.allclose(estimate.grad, torch.full_like(estimate, -2 / 8))
 
 
 def test_hinge_and_adversarial():
