@@ -36,12 +36,36 @@ def test_labels_that_are_no_tissues_are_refused(labels, found):
         one_hot(labels, TISSUES)
 
 
-def test_the_tissue_with_the_nearest_mean():
-    config = dataclasses.replace(TISSUES, means=(-1.0, -0.4, 0.6, 0.2))
-    x = torch.tensor([-1.2, -0.71, -0.69, -0.2, 0.0, 0.39, 0.41, 3.0]).view(2, 2, 2)
-    assert classify(x, config).flatten().tolist() == [0, 0, 1, 1, 3, 3, 2, 2]
+MEANS = dataclasses.replace(TISSUES, means=(-1.0, -0.4, 0.6, 0.2))  # the third tissue is the brightest
+
+
+@pytest.mark.parametrize("contrast, brightness", [(1.0, 0.0), (0.6, 0.0), (1.3, 0.1), (0.8, -0.2)])
+def test_tissues_are_told_apart_whatever_the_contrast(contrast, brightness):
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (8, 9, 10), generator=generator)
+    x = torch.tensor(MEANS.means)[labels] * contrast + brightness
+    x += 0.04 * torch.randn(x.shape, generator=generator)
+    x[labels == 0] = -1
+    assert torch.equal(classify(x, MEANS), labels)
+
+
+def test_means_that_stay_are_halfway_between_the_thresholds():
+    x = torch.tensor([-1.2, -0.71, -0.69, -0.2, 0.0, 0.39, 0.41, 3.0])
+    found = classify(x.view(2, 2, 2), MEANS).flatten()
+    assert found.tolist() == [0, 0, 1, 1, 3, 3, 3, 2]
+    means = [x[found == tissue].mean() for tissue in (1, 3, 2)]
+    for tissue, here, there in zip((1, 3), means, means[1:]):
+        assert x[found == tissue].max() <= (here + there) / 2 < x[x > x[found == tissue].max()].min()
+
+
+def test_a_tissue_that_the_image_lacks_keeps_its_mean():
+    assert classify(torch.full((1, 1, 2), -0.3), MEANS).flatten().tolist() == [1, 1]
+    assert classify(torch.tensor([[[-1.0, 0.55]]]), MEANS).flatten().tolist() == [0, 2]
+
+
+def test_unknown_means_are_refused():
     with pytest.raises(ValueError, match="means of the tissues are not known"):
-        classify(x, TISSUES)
+        classify(torch.zeros(1, 1, 1), TISSUES)
 
 
 @pytest.mark.parametrize("values", [{"tissues": ("a",)}, {"tissues": ("a", "a")}, {"means": (1.0,)}])
