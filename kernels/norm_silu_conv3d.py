@@ -83,14 +83,17 @@ def scratch_tile(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     return x.new_empty((x.shape[0], *size, channels)).permute(0, 4, 1, 2, 3)
 
 
-def _convolve(tile: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """F.conv3d without the cases where PyTorch unfolds float32 tiles: it takes oneDNN by the number of voxels and
-    threads, and not for a 1³ kernel, which in channels-last memory is a product."""
-    if weight.shape[2] == 1:
-        return F.linear(tile.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
-    if tile.dtype == torch.float32 and torch.backends.mkldnn.is_available():
-        return torch.mkldnn_convolution(tile, weight, bias, (0, 0, 0), (1, 1, 1), (1, 1, 1), 1)
-    return F.conv3d(tile, weight, bias)
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> Tensor:
+    """F.conv3d without the cases where PyTorch unfolds float32 tensors on the CPU: it takes oneDNN by the number of
+    voxels and threads, and not for a 1³ kernel, which in channels-last memory is a product.
+
+    No autocast, and float32 has no gradient of a gradient.
+    """
+    if weight.shape[2] == stride == 1 and padding == 0:
+        return F.linear(x.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
+    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+        return torch.mkldnn_convolution(x, weight, bias, (padding,) * 3, (stride,) * 3, (1, 1, 1), 1)
+    return F.conv3d(x, weight, bias, stride, padding)
 
 
 def _run_ref(x: Tensor, *arguments) -> None:
@@ -116,12 +119,12 @@ def _run_on_cpu(x: Tensor, *arguments) -> None:
     tile = scratch_tile(x, x.shape[1], size)
     fold = [None if t is None else t.contiguous() for t in (scale, shift)]
     ops._conv_input(_rows(x), *fold, silu, upsample, _skip(weight, pads, upsample), pads, tile)
-    y = _dense(_convolve(tile, weight, bias))
+    y = _dense(conv3d(tile, weight, bias))
     del tile
     if residual_weight is not None:
         tile = scratch_tile(x, residual.shape[1], residual.shape[2:])
         ops._conv_input(_rows(residual), None, None, False, False, [0] * 3, [0] * 6, tile)
-        residual = _convolve(tile, residual_weight, residual_bias)
+        residual = conv3d(tile, residual_weight, residual_bias)
         del tile
     ops._conv_output(y, None if residual is None else _rows(residual), out, statistics)
 

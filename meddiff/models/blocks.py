@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meddiff.kernels.group_norm_silu import group_norm_silu
+from meddiff.kernels.norm_silu_conv3d import conv3d
 
 
 class _ChannelsLast:
@@ -30,8 +31,14 @@ class GroupNorm(nn.GroupNorm):
 
 class Conv3d(_ChannelsLast, nn.Conv3d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        # One channel is contiguous in either format, and the strides say which one the output has. A single plane
+        # stays as it is: of such a one oneDNN's bfloat16 reads memory that nobody wrote (PyTorch 2.13).
+        if x.shape[1] == 1 < x.shape[2]:
+            x = x.reshape(x.shape[0], *x.shape[2:], 1).movedim(-1, 1)
+        if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
+            return conv3d(x, weight, bias, self.stride[0], self.padding[0])
         # oneDNN's bfloat16 weight gradient of two padded planes reads memory that nobody wrote (PyTorch 2.13)
-        if x.device.type == "cpu" and x.shape[2] == 2 and self.padding == (1, 1, 1) and torch.is_grad_enabled():
+        if x.device.type == "cpu" and x.shape[2] == 2 and self.padding == (1, 1, 1):
             return F.conv3d(F.pad(x, (0, 0, 0, 0, 1, 1)), weight, bias, self.stride, (0, 1, 1))
         return super()._conv_forward(x, weight, bias)
 
