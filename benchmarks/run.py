@@ -40,7 +40,11 @@ SETS = {
     ),
     "controlnet": ("bench_controlnet.py",),
     "decode": ("bench_joint_decode.py --sizes 128 256 --budgets 0.9GB 3GB --peers eager best disjoint",),
-    "backend": ("bench_backend.py", "bench_backend.py --only maisi --size 192 --budget 1.2 --repeats 1"),
+    "backend": (
+        "bench_backend.py --only published --bfloat16 --budget 900MB",
+        "bench_backend.py --only quantisers",
+        "bench_backend.py --only maisi --size 160 --bfloat16 --budget 1.1GB --repeats 1",
+    ),
     "sampler": ("bench_sampler.py",),
     "sample": (
         "sample_512.py --peer",

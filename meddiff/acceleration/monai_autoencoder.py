@@ -31,6 +31,7 @@ from meddiff.acceleration.replacement import (
 from meddiff.decode import UnsupportedLayer, layers_of
 from meddiff.kernels.group_norm_silu import group_norm_silu
 
+_PLANES = 4  # that a strided convolution takes at once
 _ENCODER = "level by level within the memory there is"
 _ENCODER_NOTE = "in whole tensors, with fused norms, where a gradient may be wanted: use torch.no_grad()"
 
@@ -150,6 +151,11 @@ class _Halved:
         self.rest: Tensor | None = None
 
     def __call__(self, slab: Tensor, sample: int, start: int) -> None:
+        for part in slab.split(_PLANES, dim=2):  # what is padded is copied
+            self._take(part, sample, start)
+            start += part.shape[2]
+
+    def _take(self, slab: Tensor, sample: int, start: int) -> None:
         stop = start + slab.shape[2]
         if start > 0:
             slab = torch.cat([self.rest, slab], dim=2)
