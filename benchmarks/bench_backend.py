@@ -101,31 +101,26 @@ def _same(got: Tensor, wanted: Tensor) -> bool:
 def _bench(
     case: str, module: nn.Module, work: Callable, dtypes: Sequence[torch.dtype], repeats: int, budget: int | None
 ) -> list[list[str]]:
-    """Rows of the table: the plain module in each dtype, then the accelerated one."""
-    device, run = torch.device("cpu"), partial(work, module)
-    meddiff.restore(module.eval())
+    """Rows of the table: the module in each dtype, plain and accelerated; float32 comes first, and is right."""
+    device, run, module = torch.device("cpu"), partial(work, module), module.eval()
     rows, peers, wanted = [], {}, None
     for dtype in dtypes:
         name = str(dtype).removeprefix("torch.")
-        module.to(dtype)
+        meddiff.restore(module.to(dtype))
         try:
             figures = measure(run, device, repeats)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             rows.append([f"{case}, plain: not enough memory", name, *[""] * 4])
-            continue
-        wanted = run() if wanted is None else wanted  # in float32, which comes first
-        peers["plain" if dtype == torch.float32 else f"plain_{name}"] = figures
-        rows.append([f"{case}, plain", name, *_cells(figures), ""])
-    module.float()
-    meddiff.accelerate(module, budget)
-    for dtype in dtypes:
-        name = str(dtype).removeprefix("torch.")
-        module.to(dtype)
+        else:
+            wanted = run() if wanted is None else wanted
+            peers |= {"plain" if dtype == torch.float32 else f"plain_{name}": figures}
+            rows.append([f"{case}, plain", name, *_cells(figures), ""])
+        meddiff.accelerate(module, budget)
         figures = measure(run, device, repeats)
-        line = {"benchmark": "backend", "case": case, "dtype": name} | figures
         ratios = {peer: other["ms_p50"] / figures["ms_p50"] for peer, other in peers.items()}
+        line = {"benchmark": "backend", "case": case, "dtype": name} | figures
         same = wanted is None or _same(run(), wanted)
         if same:
             line |= {f"x_{peer}": ratio for peer, ratio in ratios.items()} | {"peers": peers}
