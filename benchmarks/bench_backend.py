@@ -102,22 +102,25 @@ def _bench(
     case: str, module: nn.Module, work: Callable, dtypes: Sequence[torch.dtype], repeats: int, budget: int | None
 ) -> list[list[str]]:
     """Rows of the table: the module in each dtype, plain and accelerated; float32 comes first, and is right."""
-    device, run, module = torch.device("cpu"), partial(work, module), module.eval()
-    rows, peers, wanted = [], {}, None
+    device, rows, peers, wanted = torch.device("cpu"), [], {}, None
+    weights = {key: tensor.clone() for key, tensor in module.eval().state_dict().items()}
     for dtype in dtypes:
-        name = str(dtype).removeprefix("torch.")
+        name, run = str(dtype).removeprefix("torch."), partial(work, module)
         meddiff.restore(module.to(dtype))
         try:
             figures = measure(run, device, repeats)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if not is_out_of_memory(error) and dtype == torch.float32:  # others are not all made for another dtype
                 raise
-            rows.append([f"{case}, plain: not enough memory", name, *[""] * 4])
+            why = "not enough memory" if is_out_of_memory(error) else str(error).partition("\n")[0]
+            rows.append([f"{case}, plain: {why}", name, *[""] * 4])
         else:
             wanted = run() if wanted is None else wanted
             peers |= {"plain" if dtype == torch.float32 else f"plain_{name}": figures}
             rows.append([f"{case}, plain", name, *_cells(figures), ""])
+        module.float().load_state_dict(weights)  # as it is accelerated: some have no other dtype
         meddiff.accelerate(module, budget)
+        module.to(dtype)
         figures = measure(run, device, repeats)
         ratios = {peer: other["ms_p50"] / figures["ms_p50"] for peer, other in peers.items()}
         line = {"benchmark": "backend", "case": case, "dtype": name} | figures
