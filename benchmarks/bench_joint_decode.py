@@ -48,8 +48,12 @@ class _PlainNorm(nn.Module):
 
 
 def _plain(module: nn.Module) -> nn.Module:
+    """The module with PyTorch's own layers instead of meddiff's, on the same parameters."""
     for name, child in module.named_children():
         setattr(module, name, _PlainNorm(child) if isinstance(child, GroupNorm) else _plain(child))
+    for kind in (nn.Conv3d, nn.ConvTranspose3d):
+        if isinstance(module, kind):
+            module.__class__ = kind
     return module
 
 

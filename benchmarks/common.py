@@ -83,7 +83,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def measure(work: Callable[[], object], device: torch.device, repeats: int) -> dict:
     """Run `work` once to warm up, then `repeats` times: milliseconds p50, p20, p80 and peak memory of those.
 
-    peak_above_bytes is the peak above what was there before, such as the weights.
+    peak_above_model_bytes is the peak above what was there before, which is the weights.
     """
     _give_back_freed_memory()
     meter = StageMeter(device)
@@ -97,11 +97,11 @@ def measure(work: Callable[[], object], device: torch.device, repeats: int) -> d
     p20, p50, p80 = np.percentile([1e3 * stage.seconds for stage in runs], (20, 50, 80))
     peak = max((stage.peak_bytes or 0) for stage in runs) or None
     above = None if peak is None else peak - (before.peak_bytes or 0)
-    return {"ms_p50": p50, "ms_p20": p20, "ms_p80": p80, "peak_bytes": peak, "peak_above_bytes": above}
+    return {"ms_p50": p50, "ms_p20": p20, "ms_p80": p80, "peak_bytes": peak, "peak_above_model_bytes": above}
 
 
 def _give_back_freed_memory() -> None:
-    """What the C library keeps of memory that was freed counts as resident."""
+    """Return freed memory to the system: what the C library keeps of it counts as resident."""
     if sys.platform == "linux":
         getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
 

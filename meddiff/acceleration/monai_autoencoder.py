@@ -30,8 +30,9 @@ from meddiff.acceleration.replacement import (
 )
 from meddiff.decode import UnsupportedLayer, layers_of
 from meddiff.kernels.group_norm_silu import group_norm_silu
+from meddiff.kernels.norm_silu_conv3d import conv3d
 
-_PLANES = 4  # that a strided convolution takes at once
+_PLANES = 4  # new ones in a call of a strided convolution
 _ENCODER = "level by level within the memory there is"
 _ENCODER_NOTE = "in whole tensors, with fused norms, where a gradient may be wanted: use torch.no_grad()"
 
@@ -151,9 +152,14 @@ class _Halved:
         self.rest: Tensor | None = None
 
     def __call__(self, slab: Tensor, sample: int, start: int) -> None:
-        for part in slab.split(_PLANES, dim=2):  # what is padded is copied
-            self._take(part, sample, start)
-            start += part.shape[2]
+        rest = self.rest
+        try:
+            for part in slab.split(_PLANES, dim=2):  # padding copies its input
+                self._take(part, sample, start)
+                start += part.shape[2]
+        except BaseException:
+            self.rest = rest  # the slab may come again
+            raise
 
     def _take(self, slab: Tensor, sample: int, start: int) -> None:
         stop = start + slab.shape[2]
@@ -164,7 +170,7 @@ class _Halved:
         if first < last:
             padded = F.pad(slab, (0, 1, 0, 1, 0, int(stop == self.depth)))
             planes = padded[:, :, : 2 * (last - first) + 1]
-            self.out[sample : sample + 1, :, first:last] = F.conv3d(planes, self.weight, self.bias, stride=2)
+            self.out[sample : sample + 1, :, first:last] = conv3d(planes, self.weight, self.bias, stride=2)
         self.rest = slab[:, :, 2 * (last - first) :].clone()
 
 

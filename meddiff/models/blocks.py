@@ -31,16 +31,18 @@ class GroupNorm(nn.GroupNorm):
 
 class Conv3d(_ChannelsLast, nn.Conv3d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        # One channel is contiguous in either format, and the strides say which one the output has. A single plane
-        # stays as it is: of such a one oneDNN's bfloat16 reads memory that nobody wrote (PyTorch 2.13).
-        if x.shape[1] == 1 < x.shape[2]:
-            x = x.reshape(x.shape[0], *x.shape[2:], 1).movedim(-1, 1)
-        if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cpu"):
-            return conv3d(x, weight, bias, self.stride[0], self.padding[0])
-        # oneDNN's bfloat16 weight gradient of two padded planes reads memory that nobody wrote (PyTorch 2.13)
-        if x.device.type == "cpu" and x.shape[2] == 2 and self.padding == (1, 1, 1):
+        if x.device.type != "cpu":
+            return super()._conv_forward(x, weight, bias)
+        planes, learning = x.shape[2], torch.is_grad_enabled()
+        # oneDNN's bfloat16 reads memory that nobody wrote, where it pads a plane of one channel, and for the weight
+        # gradient where it pads two planes (PyTorch 2.13)
+        if self.padding == (1, 1, 1) and (planes == 1 and x.shape[1] == 1 or planes == 2 and learning):
             return F.conv3d(F.pad(x, (0, 0, 0, 0, 1, 1)), weight, bias, self.stride, (0, 1, 1))
-        return super()._conv_forward(x, weight, bias)
+        if x.shape[1] == 1:  # contiguous in both formats; the strides decide the output's
+            x = x.reshape(len(x), *x.shape[2:], 1).movedim(-1, 1)
+        if learning or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+            return super()._conv_forward(x, weight, bias)
+        return conv3d(x, weight, bias, self.stride[0], self.padding[0])
 
 
 class ConvTranspose3d(_ChannelsLast, nn.ConvTranspose3d):

@@ -23,27 +23,29 @@ def one_hot(labels: Tensor, config: MasksConfig) -> Tensor:
 def classify(x: Tensor, config: MasksConfig) -> Tensor:
     """The tissue with the nearest mean intensity. [D, H, W] in [-1, 1] → int64 [D, H, W].
 
-    The means are the image's own, so that its contrast and brightness do not count: beginning with those of the
-    training images, Lloyd's algorithm (k-means) moves them to those of the voxels that are nearest to each, until they
-    stay. What is darker than half-way between the two darkest means of training is the darkest tissue, always.
+    The means begin as those of the training images, and Lloyd's algorithm (k-means) refines them on the image itself,
+    in at most 1000 rounds, so that moderate changes of contrast and brightness do not matter. The threshold above the
+    darkest tissue is fixed: half-way between the two darkest means of training.
 
-    Raises ValueError where the means of training are not known.
+    Raises ValueError where the means of training are not known, and for an image that is not finite.
     """
     if not config.means:
         raise ValueError("classify: the means of the tissues are not known; a trained ControlNet has them")
+    if not x.isfinite().all():
+        raise ValueError("classify: the image is not finite; check what made it")
     order = sorted(range(len(config.means)), key=config.means.__getitem__)
     means = torch.tensor([config.means[tissue] for tissue in order], dtype=torch.float64)
     darkest = (means[0] + means[1]) / 2
-    values = x.detach().flatten().double().cpu().sort().values
+    values = x.detach().float().flatten().cpu().sort().values.double()
     sums = torch.cat([values.new_zeros(1), values.cumsum(0)])
     for _ in range(_MOST_ROUNDS):
         thresholds = (means[1:] + means[:-1]) / 2
         thresholds[0] = darkest
-        edges = F.pad(torch.searchsorted(values, thresholds), (1, 0))
+        edges = F.pad(torch.searchsorted(values, thresholds, right=True), (1, 0))
         edges = torch.cat([edges, edges.new_tensor([len(values)])])
         counts = edges.diff()
         found = torch.where(counts > 0, sums[edges].diff() / counts, means)
         if torch.equal(found, means):
             break
         means = found
-    return torch.tensor(order, device=x.device)[torch.bucketize(x.double(), thresholds.to(x.device))]
+    return torch.tensor(order, device=x.device)[torch.bucketize(x.float(), thresholds.to(x.device))]

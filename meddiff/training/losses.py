@@ -1,4 +1,4 @@
-"""Losses of autoencoder and denoiser (Wang et al., TMI 2025, section III). All are float32, also under autocast."""
+"""Losses of the autoencoder and the denoiser (Wang et al., TMI 2025, section III); float32, also under autocast."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ _SLICES = 0.2  # share of the slices that a 2D perceptual network sees
 
 
 def noise_loss(estimate: Tensor, noise: Tensor, scales: int = 1) -> Tensor:
-    """L1 distance of the noise [B, C, d, h, w] and its estimate: the sum of those at `scales` scales.
+    """L1 distance of the noise [B, C, d, h, w] and its estimate; with `scales`, the sum of those at several scales.
 
-    The difference is averaged over pairs along each axis from one scale to the next (Hoogeboom et al. 2023, "simple
-    diffusion", section 2.2). So what is wrong on average over a region counts beside what is wrong at random.
+    From one scale to the next the difference is averaged over pairs along each axis, until there is one number per
+    channel. So what is wrong on average over a region counts beside what is wrong at random. Hoogeboom et al. 2023
+    ("simple diffusion", section 3.2) do so with squared differences, and weigh the scales.
     """
     error = estimate.float() - noise
     loss = error.abs().mean()

@@ -32,7 +32,7 @@ def evaluate_task(options: EvaluationOptions) -> Path:
 
     "volumes" holds for each: psnr (dB), ssim and ms_ssim of the steered sample against the truth, and with the prefix
     "condition_" the same of the first reconstruction that steers it. For masks instead of the latter, the Dice of each
-    tissue that the mask has: "dice_…" of the sample's tissues (nearest mean of its own) with the mask, and
+    tissue that the mask has: "dice_…" of the sample's tissues (by its own mean intensities) with the mask, and
     "original_dice_…" of the true image's. "mean" holds the means over the volumes that have a figure.
 
     Raises ValueError and CheckpointError for options, data and models that cannot be used, VolumeError for a bad file

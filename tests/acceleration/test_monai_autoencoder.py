@@ -10,6 +10,7 @@ from monai.apps.generation.maisi.networks.autoencoderkl_maisi import Autoencoder
 from monai.networks.nets import AutoencoderKL
 
 import meddiff
+from meddiff.acceleration import monai_autoencoder
 
 BY = [("encoder", "level by level within the memory there is"), ("decoder", "joint decode within the memory there is")]
 
@@ -48,6 +49,24 @@ def test_decoding_odd_sizes(name, relative_error):
     for z, wanted in zip(latents, plain):
         assert relative_error(model.decode(z), wanted) < 1e-5
         assert relative_error(model.decode_stage_2_outputs(z), wanted) < 1e-5
+
+
+def test_encoding_goes_on_after_memory_ran_out_within_a_slab(monkeypatch, relative_error, caplog):
+    model, x, failed = maisi(), torch.randn(1, 1, 40, 8, 8), []
+    wanted = model.encode(x)[0]
+    take = monai_autoencoder._Halved._take
+
+    def run_out_once(halved, slab, sample, start):
+        if start == 20 and not failed:  # the second part of the second slab
+            failed.append(start)
+            raise MemoryError
+        take(halved, slab, sample, start)
+
+    monkeypatch.setattr(monai_autoencoder._Halved, "_take", run_out_once)
+    meddiff.accelerate(model)
+    failed.clear()  # the probe's
+    assert relative_error(model.encode(x)[0], wanted) < 1e-5
+    assert failed and "planning again" in caplog.text
 
 
 @pytest.mark.parametrize("name", MODELS)

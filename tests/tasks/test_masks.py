@@ -58,14 +58,22 @@ def test_means_that_stay_are_halfway_between_the_thresholds():
         assert x[found == tissue].max() <= (here + there) / 2 < x[x > x[found == tissue].max()].min()
 
 
-def test_a_tissue_that_the_image_lacks_keeps_its_mean():
+def test_a_tissue_that_no_voxel_is_nearest_to_keeps_its_mean():
     assert classify(torch.full((1, 1, 2), -0.3), MEANS).flatten().tolist() == [1, 1]
     assert classify(torch.tensor([[[-1.0, 0.55]]]), MEANS).flatten().tolist() == [0, 2]
 
 
-def test_unknown_means_are_refused():
+def test_the_darkest_tissue_ends_where_it_did_in_training():
+    config = dataclasses.replace(TISSUES, means=(-1.0, -0.5, 0.25, 0.75))
+    x = torch.tensor([-1.0, -0.75, -0.7499, -0.5, 0.3]).view(1, 1, 5)
+    assert classify(x, config).flatten().tolist() == [0, 0, 1, 1, 2]
+
+
+def test_images_and_means_that_say_nothing_are_refused():
     with pytest.raises(ValueError, match="means of the tissues are not known"):
         classify(torch.zeros(1, 1, 1), TISSUES)
+    with pytest.raises(ValueError, match="the image is not finite"):
+        classify(torch.tensor([[[0.1, float("nan")]]]), MEANS)
 
 
 @pytest.mark.parametrize("values", [{"tissues": ("a",)}, {"tissues": ("a", "a")}, {"means": (1.0,)}])

@@ -177,6 +177,15 @@ def test_classes_beyond_the_denoisers_are_refused(options):
         train_denoiser(replace(options, model=replace(options.model, num_classes=4)))
 
 
+def test_the_loss_is_that_of_all_the_scales_asked_for(options):
+    losses = []
+    for scales in (1, 3):
+        run = replace(options, out=f"{options.out}{scales}", steps=1, loss_scales=scales)
+        train_denoiser(run)
+        losses.append(statistics(run.out)[0]["loss"])
+    assert 1.1 * losses[0] < losses[1] < 3 * losses[0]
+
+
 @pytest.mark.parametrize("changes", [{"timestep_bias": -1.0}, {"timestep_bias": float("nan")}, {"loss_scales": 0}])
 def test_impossible_options_are_refused(options, changes):
     with pytest.raises(ValueError, match=f"DenoiserTraining: {next(iter(changes))} must"):
