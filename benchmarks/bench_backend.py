@@ -2,14 +2,13 @@
 BiFlowNet, MONAI's MAISI autoencoder without splits, MONAI's and vector-quantize-pytorch's quantisers.
 
 python benchmarks/bench_backend.py --size 128 --tokens 32768
-python benchmarks/bench_backend.py --only maisi --size 160 --budget 1.1GB --bfloat16 --repeats 1
+python benchmarks/bench_backend.py --only maisi --size 160 --budget 1.1GB --bfloat16 --repeats 1 --cold
 """
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
 
 import published
 import torch
@@ -99,11 +98,22 @@ def _same(got: Tensor, wanted: Tensor) -> bool:
 
 
 def _bench(
-    case: str, module: nn.Module, work: Callable, dtypes: Sequence[torch.dtype], repeats: int, budget: int | None
+    case: str,
+    module: nn.Module,
+    work: Callable,
+    dtypes: Sequence[torch.dtype],
+    repeats: int,
+    budget: int | None,
+    warm_up: bool = True,
 ) -> list[list[str]]:
     """Rows of the table: the module in each dtype, plain and accelerated. float32 comes first, and is the reference."""
-    device, run, rows, peers, wanted = torch.device("cpu"), partial(work, module), [], {}, None
+    device, rows, peers = torch.device("cpu"), [], {}
+    got = wanted = None
     weights = {key: tensor.clone() for key, tensor in module.eval().state_dict().items()}
+
+    def run() -> None:
+        nonlocal got
+        got = work(module)
 
     def with_weights(dtype: torch.dtype) -> nn.Module:
         """The module; a dtype after another one rounds the weights only once."""
@@ -117,8 +127,8 @@ def _bench(
         peer = "plain" if dtype == torch.float32 else f"plain_{name}"
         meddiff.restore(with_weights(dtype))
         try:
-            figures = measure(run, device, repeats)
-            wanted = run() if wanted is None else wanted
+            figures = measure(run, device, repeats, warm_up)
+            wanted = got if wanted is None else wanted
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error) and dtype == torch.float32:  # not all are made for another dtype
                 raise
@@ -126,14 +136,14 @@ def _bench(
             peers[peer] = {"not_run": why}
             rows.append([f"{case}, plain: {why}", name, *[""] * 4])
         else:
-            same = _same(run(), wanted)
+            same = _same(got, wanted)
             peers[peer] = figures if same else {"not_run": "another result"}
             rows.append([f"{case}, plain", name, *_cells(figures), "" if same else "not the same"])
         meddiff.accelerate(with_weights(torch.float32), budget)  # some have no other dtype
         with_weights(dtype)
-        figures = measure(run, device, repeats)
+        figures = measure(run, device, repeats, warm_up)
         line = {"benchmark": "backend", "case": case, "dtype": name} | figures
-        same = wanted is None or _same(run(), wanted)
+        same = wanted is None or _same(got, wanted)
         if same:
             ratios = {p: f["ms_p50"] / figures["ms_p50"] for p, f in peers.items() if "ms_p50" in f}
             line |= {f"x_{p}": ratio for p, ratio in ratios.items()} | {"peers": dict(peers)}
@@ -159,6 +169,7 @@ def main() -> None:
     parser.add_argument("--codes", type=int, default=8192)
     parser.add_argument("--dim", type=int, default=8, help="channels of a code")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cold", action="store_true", help="do not run once before, for what takes minutes")
     parser.add_argument("--bfloat16", action="store_true", help="run networks in bfloat16 as well")
     arguments = parser.parse_args()
     dtypes = [torch.float32, torch.bfloat16] if arguments.bfloat16 else [torch.float32]
@@ -172,10 +183,10 @@ def main() -> None:
     with torch.inference_mode():
         if wanted("published"):
             for case in _networks(arguments.preset, arguments.size, limit):
-                rows += _bench(*case, dtypes, arguments.repeats, budget)
+                rows += _bench(*case, dtypes, arguments.repeats, budget, not arguments.cold)
         if wanted("maisi"):
             for case in _maisi(arguments.size, limit):
-                rows += _bench(*case, dtypes, arguments.repeats, budget)
+                rows += _bench(*case, dtypes, arguments.repeats, budget, not arguments.cold)
         if wanted("quantisers"):
             for case in _quantisers(arguments.tokens, arguments.codes, arguments.dim):
                 rows += _bench(*case, dtypes[:1], arguments.repeats, None)

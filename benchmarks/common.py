@@ -80,7 +80,7 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "allocate memory" in str(error)
 
 
-def measure(work: Callable[[], object], device: torch.device, repeats: int) -> dict:
+def measure(work: Callable[[], object], device: torch.device, repeats: int, warm_up: bool = True) -> dict:
     """Run `work` once to warm up, then `repeats` times: milliseconds p50, p20, p80 and peak memory of those.
 
     peak_above_model_bytes is the peak above what was there before, which is the weights.
@@ -89,7 +89,8 @@ def measure(work: Callable[[], object], device: torch.device, repeats: int) -> d
     meter = StageMeter(device)
     with meter.stage("before"):
         pass
-    work()
+    if warm_up:
+        work()
     for _ in range(repeats):
         with meter.stage("run"):
             work()

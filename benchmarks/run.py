@@ -43,7 +43,7 @@ SETS = {
     "backend": (
         "bench_backend.py --only published --bfloat16 --budget 900MB",
         "bench_backend.py --only quantisers",
-        "bench_backend.py --only maisi --size 160 --bfloat16 --budget 1.1GB --repeats 1",
+        "bench_backend.py --only maisi --size 160 --bfloat16 --budget 1.1GB --repeats 1 --cold",
     ),
     "sampler": ("bench_sampler.py",),
     "sample": (
