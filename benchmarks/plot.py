@@ -19,7 +19,8 @@ from meddiff.config import PRESETS
 _CASES = {
     "joint_decode": re.compile(rf"(?P<preset>{'|'.join(PRESETS)}), (?P<size>\d+)³, joint [\d.]+ GB"),
     "sample_512": re.compile(
-        rf"sample, decode and write, (?P<preset>{'|'.join(PRESETS)}), (?P<size>\d+)³, (?P<how>.+)"
+        rf"sample, decode and write, (?P<preset>{'|'.join(PRESETS)}), (?P<size>\d+)³, (?P<how>.+?)"
+        r"(, [\d.]+ GB for decoding)?"
     ),
 }
 _TITLES = {"joint_decode": "joint decode", "sample_512": "sampling, decoding and writing"}

@@ -49,9 +49,12 @@ def test_one_size_is_no_figure(script):
     assert plot.figures([]) == {}
     lines = [sample(128, 6.6), sample(512, 2043, ", other work beside it")]
     assert plot.figures(lines) == {}
-    assert list(plot.figures([*lines, sample(512, 600)])) == [
-        "sampling, decoding and writing, 8x, ddim 10 steps, bfloat16"
-    ]
+    for budget in ("", ", 12 GB for decoding", ", 7.5 GB for decoding"):
+        assert plot.figures([*lines, sample(512, 600, budget)]) == {
+            "sampling, decoding and writing, 8x, ddim 10 steps, bfloat16": {
+                "meddiff": [[128, 6.6, 2e9], [512, 600.0, 2e9]]
+            }
+        }
 
 
 def test_the_file_says_what_it_was_made_from_and_is_kept(script, tmp_path: Path):
