@@ -54,12 +54,15 @@ def main() -> None:
     target = model.target(arguments.anatomy, arguments.size)
     size = model.latent_size(target.size)
 
-    def run(solver: str, steps: int, **options: str) -> tuple[list[Tensor], list[Tensor], list[Stage]]:
+    def run(
+        solver: str, steps: int, timestep_spacing: str = "linspace"
+    ) -> tuple[list[Tensor], list[Tensor], list[Stage]]:
         """Latents and volumes of the seeds, and what sampling and decoding each of them took."""
         latents, volumes, meter = [], [], StageMeter(arguments.device)
+        options = {"solver": solver, "steps": steps, "eta": 0.0, "timestep_spacing": timestep_spacing}
         for seed in range(arguments.seeds):
             with meter.stage("sample"):
-                latents.append(model.sample(size, target.class_index, solver=solver, steps=steps, seed=seed, **options))
+                latents.append(model.sample(size, target.class_index, seed=seed, **options))
             with meter.stage("decode"):
                 volumes.append(model.decode_latent(latents[-1]))
         return latents, volumes, meter.stages

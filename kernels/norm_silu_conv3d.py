@@ -83,15 +83,21 @@ def scratch_tile(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
     return x.new_empty((x.shape[0], *size, channels)).permute(0, 4, 1, 2, 3)
 
 
-def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0) -> Tensor:
+def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0, least: int = 0) -> Tensor:
     """F.conv3d without the cases where PyTorch unfolds float32 tensors on the CPU: it takes oneDNN by the number of
     voxels and threads, and not for a 1³ kernel, which in channels-last memory is a product.
 
-    For inference: callers record no gradient, and there is no autocast.
+    For inference: callers record no gradient, and there is no autocast. An x of fewer than `least` numbers is left to
+    PyTorch.
     """
     if weight.shape[2] == stride == 1 and padding == 0:
         return F.linear(x.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
-    if x.dtype == torch.float32 and x.device.type == "cpu" and torch.backends.mkldnn.is_available():
+    if (
+        x.dtype == torch.float32
+        and x.device.type == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and x.numel() >= least
+    ):
         return torch.mkldnn_convolution(x, weight, bias, (padding,) * 3, (stride,) * 3, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
 

@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 
 _Config = TypeVar("_Config", bound="_JsonConfig")
 
+SOLVER_NAMES = ("ddim", "dpmsolver++", "ddpm")
+TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
+
 Size = tuple[int, int, int]  # voxels
 Spacing = tuple[float, float, float]  # mm
 
@@ -284,13 +287,25 @@ def condition_channels(task: TaskConfig, encoder: str, denoiser: DenoiserConfig)
 
 @dataclass(frozen=True)
 class ScheduleConfig(_JsonConfig):
-    """Cosine noise schedule (Nichol & Dhariwal 2021, equation 17)."""
+    """Cosine noise schedule (Nichol & Dhariwal 2021, equation 17), and how it is sampled where nothing else is asked
+    for."""
 
     timesteps: int = 1000
     s: float = 0.008  # offset that keeps the first betas from vanishing
+    solver: str = "ddim"
+    steps: int | None = None  # None is the solver's own default
+    eta: float = 0.0  # share of fresh noise in ddim
+    timestep_spacing: str = "linspace"
 
     def __post_init__(self) -> None:
-        _require_positive_integers(self, "timesteps")
+        _require_positive_integers(self, "timesteps", *(() if self.steps is None else ("steps",)))
+        for name, known in (("solver", SOLVER_NAMES), ("timestep_spacing", TIMESTEP_SPACINGS)):
+            value = getattr(self, name)
+            _require(value in known, f"ScheduleConfig: {name} must be one of {', '.join(known)}, got {value!r}")
+        _require(
+            type(self.eta) in (int, float) and 0 <= self.eta <= 1 and (self.eta == 0 or self.solver == "ddim"),
+            f"ScheduleConfig: eta must lie in [0, 1] and belongs to solver 'ddim', got {self.eta!r}",
+        )
         _require(self.timesteps >= 2, f"ScheduleConfig: timesteps must be at least 2, got {self.timesteps}")
         _require(
             isinstance(self.s, (int, float)) and 0 < self.s < 1, f"ScheduleConfig: s must lie in (0, 1), got {self.s!r}"

@@ -59,6 +59,11 @@ def test_widths():
         (lambda: condition_channels(MasksConfig(), "latent", DenoiserConfig()), "needs encoder 'convolutional'"),
         (lambda: task_from_dict({"name": "magic"}), "name must be one of"),
         (lambda: ScheduleConfig(s=0), r"\(0, 1\)"),
+        (lambda: ScheduleConfig(solver="euler"), "solver must be one of ddim"),
+        (lambda: ScheduleConfig(steps=0), "steps must be a positive integer"),
+        (lambda: ScheduleConfig(eta=2), r"eta must lie in \[0, 1\]"),
+        (lambda: ScheduleConfig(solver="dpmsolver++", eta=0.5), "belongs to solver 'ddim'"),
+        (lambda: ScheduleConfig(timestep_spacing="karras"), "linspace, leading, trailing"),
         (lambda: ModelConfig(denoiser=DenoiserConfig(channels=4)), "must be equal"),
     ],
 )

@@ -31,11 +31,11 @@ def generate(
     anatomy: str | None = None,
     size: PositiveInt | str | None = None,
     spacing: float | str | None = None,
-    solver: Literal["ddim", "dpmsolver++", "ddpm"] = "ddim",
+    solver: Literal["ddim", "dpmsolver++", "ddpm"] | None = None,
     steps: PositiveInt | None = None,
-    eta: float = 0.0,
+    eta: float | None = None,
     order: Literal[1, 2] | None = None,
-    timestep_spacing: Literal["linspace", "leading", "trailing"] = "linspace",
+    timestep_spacing: Literal["linspace", "leading", "trailing"] | None = None,
     seed: int = 0,
     count: PositiveInt | None = None,
     list: str | None = None,
@@ -63,11 +63,12 @@ def generate(
         anatomy: What to generate, see the list below; by default the first that the model was trained for.
         size: Voxels along the file's axes, such as 512 or 256x256x128; by default the first that it was trained for.
         spacing: Voxel spacing in mm along the same axes, such as 1 or 0.7x0.7x1; by default the one of that size.
-        solver: ddim or dpmsolver++ (few steps), or ddpm (all 1000).
-        steps: Denoising steps; by default 50 for ddim, 20 for dpmsolver++.
-        eta: Fresh noise in DDIM, 0 to 1.
+        solver: ddim or dpmsolver++ (few steps), or ddpm (all 1000); by default the model's, which most leave at ddim.
+        steps: Denoising steps; by default the model's, else 50 for ddim, 20 for dpmsolver++.
+        eta: Fresh noise in DDIM, 0 to 1; by default the model's, else 0.
         order: Of dpmsolver++, by default 2.
-        timestep_spacing: How the steps of ddim and dpmsolver++ are spread, by the names that diffusers gives them.
+        timestep_spacing: How the steps of ddim and dpmsolver++ are spread, by the names that diffusers gives them; by
+            default the model's, else linspace.
         seed: The same seed gives the same volume. With count, that of the first volume; each other has the next one.
         count: How many volumes to generate.
         list: CSV file of volumes, with any of the columns anatomy, size, spacing, seed and file (its name).

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from meddiff.kernels.group_norm_silu import group_norm_silu
 from meddiff.kernels.norm_silu_conv3d import conv3d
 
+_LEAST = 2**15  # numbers; to unfold fewer takes no longer than oneDNN, and rounds less
+
 
 class _ChannelsLast:
     """Hands on channels-last tensors. PyTorch falls back to contiguous ones for convolutions of few voxels; where it
@@ -42,7 +44,7 @@ class Conv3d(_ChannelsLast, nn.Conv3d):
             x = x.reshape(len(x), *x.shape[2:], 1).movedim(-1, 1)
         if learning or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
             return super()._conv_forward(x, weight, bias)
-        return conv3d(x, weight, bias, self.stride[0], self.padding[0])
+        return conv3d(x, weight, bias, self.stride[0], self.padding[0], _LEAST)
 
 
 class ConvTranspose3d(_ChannelsLast, nn.ConvTranspose3d):

@@ -21,7 +21,7 @@ from meddiff.files import write_json
 from meddiff.models import BiFlowNet, PatchVolumeAutoencoder
 from meddiff.pipelines.latents import EncodedVolume
 from meddiff.resources import StageMeter, default_device, default_dtype, on_device
-from meddiff.sampling import NoiseSchedule, Sampler, resolve_order, solver_timesteps
+from meddiff.sampling import NoiseSchedule, Sampler, resolve_sampling, solver_timesteps
 from meddiff.volume import IntensityScale, Volume, VolumeError, stream_volume
 
 _GENERATED_MR = IntensityScale(0, 1000, "MR")  # MR has no unit: a range that every viewer shows well
@@ -271,21 +271,13 @@ class MedDiffusion:
         x, y, z = (n // self.config.autoencoder.downsample for n in size)
         return z, x, y
 
-    def settings(
-        self,
-        solver: str = "ddim",
-        steps: int | None = None,
-        eta: float = 0.0,
-        order: int | None = None,
-        timestep_spacing: str = "linspace",
-    ) -> dict[str, Any]:
-        """How volumes are made, as JSON types, with the number of steps filled in. ValueError for a wrong one."""
+    def settings(self, **options: Any) -> dict[str, Any]:
+        """How volumes are made, as JSON types, with all that was left open filled in. ValueError for a wrong option."""
+        asked = resolve_sampling(self.schedule.config, **options)
+        timesteps = solver_timesteps(self.schedule, asked["solver"], asked["steps"], asked["timestep_spacing"])
         return {
-            "solver": solver,
-            "steps": len(solver_timesteps(self.schedule, solver, steps, timestep_spacing)),
-            "eta": eta,
-            "order": resolve_order(solver, eta, order),
-            "timestep_spacing": timestep_spacing,
+            **asked,
+            "steps": len(timesteps),
             "model": {"source": self.source, "trained": self.trained, "sha256": self.fingerprint},
             "dtype": str(self.dtype).removeprefix("torch."),
         }

@@ -1,6 +1,13 @@
 """Noise schedule, solvers and the sampling loop."""
 
-from meddiff.sampling.sampler import RESOLUTION_UNIT, SOLVERS, Sampler, resolve_order, sample_latent, solver_timesteps
+from meddiff.sampling.sampler import (
+    RESOLUTION_UNIT,
+    SOLVERS,
+    Sampler,
+    resolve_sampling,
+    sample_latent,
+    solver_timesteps,
+)
 from meddiff.sampling.schedule import NoiseSchedule
 
 __all__ = [
@@ -8,7 +15,7 @@ __all__ = [
     "SOLVERS",
     "NoiseSchedule",
     "Sampler",
-    "resolve_order",
+    "resolve_sampling",
     "sample_latent",
     "solver_timesteps",
 ]

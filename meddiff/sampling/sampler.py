@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from meddiff.config import TIMESTEP_SPACINGS, ScheduleConfig
 from meddiff.kernels.diffusion_step import COEFFICIENTS, diffusion_step
 from meddiff.models.biflownet import BiFlowNet
 from meddiff.progress import progress as bar
 from meddiff.resources import on_device
 from meddiff.sampling.graph import WARM_UPS, Graph, capture
 from meddiff.sampling.schedule import NoiseSchedule
-from meddiff.sampling.solvers import SOLVERS, TIMESTEP_SPACINGS
+from meddiff.sampling.solvers import SOLVERS
 
 _B, _C_0, _C_EPS = (COEFFICIENTS.index(name) for name in ("b", "c_0", "c_eps"))
 RESOLUTION_UNIT = 64  # latent elements per unit of the resolution condition, for every downsampling factor
@@ -38,8 +39,7 @@ def solver_timesteps(
 
     Raises ValueError for an unknown solver or spacing, or a number of steps that the solver cannot take.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"sample: unknown solver {solver!r}; known are {sorted(SOLVERS)}")
+    _require_known(solver)
     if timestep_spacing not in TIMESTEP_SPACINGS:
         raise ValueError(
             f"sample: unknown timestep_spacing {timestep_spacing!r}; known are {', '.join(TIMESTEP_SPACINGS)}"
@@ -49,16 +49,43 @@ def solver_timesteps(
     return kind.timesteps(schedule.timesteps, steps, timestep_spacing)
 
 
-def resolve_order(solver: str, eta: float, order: int | None) -> int:
-    """The order of a known solver, its highest if `order` is None. ValueError for an order or eta that it lacks."""
+def _require_known(solver: str) -> None:
+    if solver not in SOLVERS:
+        raise ValueError(f"sample: unknown solver {solver!r}; known are {sorted(SOLVERS)}")
+
+
+def resolve_sampling(
+    config: ScheduleConfig,
+    solver: str | None = None,
+    steps: int | None = None,
+    eta: float | None = None,
+    order: int | None = None,
+    timestep_spacing: str | None = None,
+) -> dict[str, Any]:
+    """All options of a sampler; `steps` None is the solver's own default.
+
+    What is None is as the configuration says, or, with another solver than the configuration's, eta 0, spacing
+    linspace and the solver's highest order.
+
+    Raises ValueError for an unknown solver, or an order or eta that it lacks.
+    """
+    solver = config.solver if solver is None else solver
+    _require_known(solver)
+    default, highest = config if solver == config.solver else ScheduleConfig(), SOLVERS[solver].order
+    eta = default.eta if eta is None else eta
     if not 0 <= eta <= 1 or (eta and solver != "ddim"):
         raise ValueError(f"sample: eta must lie in [0, 1] and belongs to solver 'ddim', got eta={eta} with {solver!r}")
-    highest = SOLVERS[solver].order
     if order is not None and not (highest > 1 and 1 <= order <= highest):
         raise ValueError(
             f"sample: order must be 1 or 2 and belongs to solver 'dpmsolver++', got order={order} with {solver!r}"
         )
-    return highest if order is None else order
+    return {
+        "solver": solver,
+        "steps": default.steps if steps is None else steps,
+        "eta": eta,
+        "order": highest if order is None else order,
+        "timestep_spacing": default.timestep_spacing if timestep_spacing is None else timestep_spacing,
+    }
 
 
 class NoiseSource:
@@ -209,16 +236,18 @@ class Sampler:
         noise: Tensor | Sequence[int],
         y: Tensor,
         *,
-        solver: str = "ddim",
+        solver: str | None = None,
         steps: int | None = None,
-        eta: float = 0.0,
+        eta: float | None = None,
         order: int | None = None,
-        timestep_spacing: str = "linspace",
+        timestep_spacing: str | None = None,
         seed: int | Sequence[int] = 0,
         correct_x0: Callable[[Tensor, int], Tensor] | None = None,
         progress: bool = False,
     ) -> Tensor:
         """Sample latents in the denoiser's range (scaled, about [-1, 1]).
+
+        Options that are None are as the schedule's configuration says, see `resolve_sampling`.
 
         Args:
             noise: the start, float [B, C, D, H, W], or the latent's size (D, H, W) to draw it from `seed`.
@@ -242,8 +271,9 @@ class Sampler:
             FloatingPointError: if an estimate is not finite; the message names the step. On a GPU it comes at the end.
         """
         denoiser, schedule = self.denoiser, self.schedule
-        timesteps = solver_timesteps(schedule, solver, steps, timestep_spacing)
-        order = resolve_order(solver, eta, order)
+        asked = resolve_sampling(schedule.config, solver, steps, eta, order, timestep_spacing)
+        solver, eta, order = asked["solver"], asked["eta"], asked["order"]
+        timesteps = solver_timesteps(schedule, solver, asked["steps"], asked["timestep_spacing"])
         if y.ndim != 1 or y.is_floating_point():
             raise ValueError(f"sample: y must be integer [B], got {y.dtype} {tuple(y.shape)}")
         if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < denoiser.config.num_classes:

@@ -16,8 +16,6 @@ from torch import Tensor
 from meddiff.kernels.diffusion_step import COEFFICIENTS
 from meddiff.sampling.schedule import NoiseSchedule
 
-TIMESTEP_SPACINGS = ("linspace", "leading", "trailing")
-
 
 def ddpm_timesteps(timesteps: int, steps: int, spacing: str) -> list[int]:
     """Every timestep, last first (Ho et al. 2020); the posterior holds between neighbours only. Of no use: spacing."""

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from meddiff.checkpoint import load_component, save_model
-from meddiff.config import ScheduleConfig
 from meddiff.models import BiFlowNet, PatchVolumeAutoencoder
 from meddiff.report import save_comparison
 from meddiff.sampling import RESOLUTION_UNIT, NoiseSchedule, sample_latent
@@ -42,7 +41,7 @@ def train_denoiser(options: DenoiserTraining) -> Path:
         raise ValueError(
             f"train_denoiser: class {max(classes)} in {options.data}; num_classes must be larger than that"
         )
-    schedule = NoiseSchedule(ScheduleConfig()).to(device)
+    schedule = NoiseSchedule(options.schedule).to(device)
     average = MovingAverage(denoiser, options.ema_decay, options.ema_every, options.ema_start).to(device)
     adam = torch.optim.Adam(denoiser.parameters(), options.learning_rate)
     model, optimizer = run.prepare(denoiser, adam)

@@ -12,6 +12,7 @@ from meddiff.config import (
     DenoiserConfig,
     FastMRIConfig,
     MasksConfig,
+    ScheduleConfig,
     SparseViewCTConfig,
     TaskConfig,
 )
@@ -198,8 +199,9 @@ class EvaluationOptions:
         on_bad: Whether a file that cannot be used is fatal, or named and skipped.
         task: Task of a ControlNet to measure instead: its images against the truth and against the condition alone.
         control: ControlNet folder.
-        solver: Of the sampler, ddim, dpmsolver++ or ddpm.
-        steps: Denoising steps; by default those of the solver.
+        solver: Of the sampler, ddim, dpmsolver++ or ddpm; by default the model's.
+        steps: Denoising steps; by default those of the model or the solver.
+        eta: Fresh noise in DDIM, 0 to 1; by default the model's.
         seed: Of the samples and of simulated measurements.
         strength: Of the ControlNet.
         consistency: Whether what was measured is imposed on the images.
@@ -216,8 +218,9 @@ class EvaluationOptions:
     on_bad: Literal["fail", "skip"] = "fail"
     task: Literal["masks", "sparse_view_ct", "fast_mri"] | None = None
     control: str | None = None
-    solver: Literal["ddim", "dpmsolver++", "ddpm"] = "ddim"
+    solver: Literal["ddim", "dpmsolver++", "ddpm"] | None = None
     steps: int | None = None
+    eta: float | None = None
     seed: int = 0
     strength: float = 1.0
     consistency: bool = True
@@ -227,7 +230,7 @@ class EvaluationOptions:
             raise ValueError("EvaluationOptions: task needs control, the folder of its ControlNet, and control a task")
         if self.task is not None and (self.disjoint or self.generated is not None):
             raise ValueError("EvaluationOptions: disjoint and generated are of a model, not of a task; leave them out")
-        of_tasks = ("solver", "steps", "seed", "strength", "consistency")
+        of_tasks = ("solver", "steps", "eta", "seed", "strength", "consistency")
         given = [f.name for f in fields(self) if f.name in of_tasks and getattr(self, f.name) != f.default]
         if self.task is None and given:
             raise ValueError(f"EvaluationOptions: {', '.join(given)}: of a task's samples; give --task and --control")
@@ -298,11 +301,13 @@ class DenoiserTraining(DiffusionTraining):
         data: Folder that `meddiff train latents` wrote.
         autoencoder: Folder of the autoencoder that encoded them; it becomes part of the model.
         model: Of the denoiser.
+        schedule: Of the noise, and how the model is sampled where nothing else is asked for.
     """
 
     data: str
     autoencoder: str
     model: DenoiserConfig = field(default_factory=DenoiserConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
 
 
 @dataclass(frozen=True, kw_only=True)

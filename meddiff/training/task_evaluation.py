@@ -46,6 +46,8 @@ def evaluate_task(options: EvaluationOptions) -> Path:
             f"evaluate: {options.control} was trained for task {name}, not for {options.task}; give --task {name}"
         )
     masks = isinstance(control.task, MasksConfig)
+    sampling = {"solver": options.solver, "steps": options.steps, "eta": options.eta}
+    settings = model.settings(**sampling)
     prepare, unit = preparation(options.spacing, masks), size_unit(model.autoencoder)
     default = next(iter(control.anatomies))
     scores = []
@@ -66,8 +68,7 @@ def evaluate_task(options: EvaluationOptions) -> Path:
             model,
             [(control, condition, options.strength)],
             ANATOMIES[volume.anatomy].class_index,
-            solver=options.solver,
-            steps=options.steps,
+            **sampling,
             seed=draw_seed(options.seed, i),
             consistency=options.consistency,
         ).cpu()
@@ -94,8 +95,7 @@ def evaluate_task(options: EvaluationOptions) -> Path:
         "model": options.model,
         "model_sha256": model.fingerprint,
         "control": options.control,
-        "solver": options.solver,
-        "steps": options.steps,
+        **{key: settings[key] for key in ("solver", "steps", "eta", "timestep_spacing")},
         "seed": options.seed,
         "strength": options.strength,
         "consistency": options.consistency and not masks,

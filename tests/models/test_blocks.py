@@ -36,12 +36,12 @@ def made(build, dtype: torch.dtype) -> Conv3d:
 @pytest.mark.parametrize(
     "build, size",
     [
-        (partial(conv3, 1, 48), (8, 8, 8)),
-        (partial(conv3, 1, 48), (2, 3, 2)),
-        (partial(conv3, 24, 24), (2, 3, 4)),
+        (partial(conv3, 1, 48), (32, 32, 32)),
+        (partial(conv3, 1, 48), (2, 128, 128)),
+        (partial(conv3, 24, 24), (12, 9, 14)),
         (partial(conv1, 16, 24), (3, 2, 4)),
-        (partial(down_conv, 24), (4, 2, 6)),
-        (partial(Conv3d, 8, 24, kernel_size=4, stride=4), (8, 4, 8)),
+        (partial(down_conv, 24), (12, 10, 14)),
+        (partial(Conv3d, 8, 24, kernel_size=4, stride=4), (16, 16, 16)),
     ],
 )
 def test_inference_is_channels_last_and_not_unfolded(build, size, dtype):

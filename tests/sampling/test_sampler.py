@@ -5,10 +5,10 @@ import weakref
 import pytest
 import torch
 
-from meddiff.config import PRESETS, ControlNetConfig, ScheduleConfig
+from meddiff.config import PRESETS, SOLVER_NAMES, ControlNetConfig, ScheduleConfig
 from meddiff.kernels.diffusion_step import COEFFICIENTS, diffusion_step
 from meddiff.models import BiFlowNet, Control, ControlNet, SteeredDenoiser
-from meddiff.sampling import NoiseSchedule, Sampler, sample_latent, solver_timesteps
+from meddiff.sampling import SOLVERS, NoiseSchedule, Sampler, resolve_sampling, sample_latent, solver_timesteps
 from meddiff.sampling import sampler as sampler_module
 from meddiff.sampling.solvers import ddim_table, ddpm_table
 
@@ -377,6 +377,22 @@ def test_a_gpu_samples_what_the_cpu_samples(denoiser, schedule, reference_weight
     on_gpu = reference_weights(BiFlowNet(PRESETS["tiny"].denoiser)).to("cuda")
     there = sample_latent(on_gpu, schedule, **run).cpu()
     torch.testing.assert_close(there, sample_latent(denoiser, schedule, **run), rtol=1e-2, atol=1e-2)
+
+
+def test_what_is_left_open_is_as_the_model_says(denoiser):
+    own = ScheduleConfig(steps=4, eta=1.0, timestep_spacing="leading")
+    schedule, plain = NoiseSchedule(own), NoiseSchedule()
+    asked = {"solver": "ddim", "steps": 4, "eta": 1.0, "order": 1, "timestep_spacing": "leading"}
+    assert resolve_sampling(own) == asked and resolve_sampling(own, solver="ddim") == asked
+    assert resolve_sampling(own, steps=7, eta=0.0) == asked | {"steps": 7, "eta": 0.0}
+    others = {"solver": "dpmsolver++", "steps": None, "eta": 0.0, "order": 2, "timestep_spacing": "linspace"}
+    assert resolve_sampling(own, solver="dpmsolver++") == others
+    assert resolve_sampling(ScheduleConfig()) == asked | {"steps": None, "eta": 0.0, "timestep_spacing": "linspace"}
+    assert set(SOLVERS) == set(SOLVER_NAMES)
+
+    latent, options = sample_latent(denoiser, schedule, (8, 8, 8), Y, seed=1), asked | {"order": None, "seed": 1}
+    assert torch.equal(latent, sample_latent(denoiser, plain, (8, 8, 8), Y, **options))
+    assert not torch.allclose(latent, sample_latent(denoiser, schedule, (8, 8, 8), Y, eta=0.0, seed=1), atol=1e-3)
 
 
 @pytest.mark.parametrize(
