@@ -113,6 +113,7 @@ def _bench(
 
     def run() -> None:
         nonlocal got
+        got = None
         got = work(module)
 
     def with_weights(dtype: torch.dtype) -> nn.Module:

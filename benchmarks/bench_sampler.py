@@ -67,7 +67,9 @@ def main() -> None:
                 volumes.append(model.decode_latent(latents[-1]))
         return latents, volumes, meter.stages
 
-    model.decode_latent(model.sample(size, target.class_index, steps=2))  # warms up
+    for solver in arguments.solvers:  # warms up
+        warm = model.sample(size, target.class_index, solver=solver, steps=2, eta=0.0, timestep_spacing="linspace")
+    model.decode_latent(warm)
     every = model.schedule.timesteps
     runs = {("ddim", every): run("ddim", every)}
     if not arguments.no_ddpm:

@@ -83,7 +83,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def measure(work: Callable[[], object], device: torch.device, repeats: int, warm_up: bool = True) -> dict:
     """Run `work` once to warm up, then `repeats` times: milliseconds p50, p20, p80 and peak memory of those.
 
-    peak_above_model_bytes is the peak above what was there before, which is the weights.
+    peak_above_model_bytes is the peak above what was there before: the weights, and results kept for comparison.
     """
     _give_back_freed_memory()
     meter = StageMeter(device)

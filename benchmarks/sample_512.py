@@ -96,15 +96,14 @@ def run_meddiff(arguments: argparse.Namespace) -> dict:
         print(f"random weights (preset {arguments.preset}): the volume is noise, its times and memory are real")
     print(f"{device_name(model.device)}, {_name(model.dtype)}, model loaded in {loading:.1f} s\n")
 
-    size, options = (
-        (arguments.size,) * 3,
-        {"solver": arguments.solver, "eta": 0.0, "timestep_spacing": "linspace", "seed": arguments.seed},
-    )
+    size = (arguments.size,) * 3
+    options = {"solver": arguments.solver, "eta": 0.0, "timestep_spacing": "linspace", "seed": arguments.seed}
     target = model.target(arguments.anatomy, size)
     if model.device.type == "cuda":
         model.generate(arguments.anatomy, size, **options, steps=arguments.steps)
     else:
-        model.sample(model.latent_size(size), target.class_index, steps=2)
+        warm = options if arguments.solver != "ddpm" else options | {"solver": "ddim"}
+        model.sample(model.latent_size(size), target.class_index, **warm, steps=2)
     volume = model.generate(arguments.anatomy, size, **options, steps=arguments.steps)
     meter = StageMeter(model.device)
     with meter.stage("write"):

@@ -87,8 +87,8 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padd
     """F.conv3d without the cases where PyTorch unfolds float32 tensors on the CPU: it takes oneDNN by the number of
     voxels and threads, and not for a 1³ kernel, which in channels-last memory is a product.
 
-    For inference: callers record no gradient, and there is no autocast. An x of fewer than `least` numbers is left to
-    PyTorch.
+    For inference: callers record no gradient, and there is no autocast. With a larger kernel an x of fewer than `least`
+    numbers is left to PyTorch.
     """
     if weight.shape[2] == stride == 1 and padding == 0:
         return F.linear(x.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)

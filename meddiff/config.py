@@ -304,7 +304,13 @@ class ScheduleConfig(_JsonConfig):
             _require(value in known, f"ScheduleConfig: {name} must be one of {', '.join(known)}, got {value!r}")
         _require(
             type(self.eta) in (int, float) and 0 <= self.eta <= 1 and (self.eta == 0 or self.solver == "ddim"),
-            f"ScheduleConfig: eta must lie in [0, 1] and belongs to solver 'ddim', got {self.eta!r}",
+            f"ScheduleConfig: eta must lie in [0, 1] and belongs to ddim, got {self.eta!r} with {self.solver}",
+        )
+        least = self.timesteps if self.solver == "ddpm" else 1
+        most = self.timesteps - (self.solver == "dpmsolver++")
+        _require(
+            self.steps is None or least <= self.steps <= most,
+            f"ScheduleConfig: steps of {self.solver} must lie in [{least}, {most}], got {self.steps}",
         )
         _require(self.timesteps >= 2, f"ScheduleConfig: timesteps must be at least 2, got {self.timesteps}")
         _require(

@@ -27,6 +27,12 @@ def test_configurations_survive_json(preset):
         assert type(part).from_dict(json.loads(json.dumps(part.to_dict()))) == part
 
 
+def test_a_schedule_survives_json_with_and_without_how_it_is_sampled():
+    schedule = ScheduleConfig(timesteps=40, steps=9, eta=1, timestep_spacing="leading")
+    assert ScheduleConfig.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
+    assert ScheduleConfig.from_dict({"timesteps": 1000, "s": 0.008}) == ScheduleConfig()
+
+
 def test_widths():
     assert PRESETS["8x"].autoencoder.widths == (48, 96, 192, 192)
     assert PRESETS["4x"].autoencoder.widths == (48, 96, 96)
@@ -62,7 +68,11 @@ def test_widths():
         (lambda: ScheduleConfig(solver="euler"), "solver must be one of ddim"),
         (lambda: ScheduleConfig(steps=0), "steps must be a positive integer"),
         (lambda: ScheduleConfig(eta=2), r"eta must lie in \[0, 1\]"),
-        (lambda: ScheduleConfig(solver="dpmsolver++", eta=0.5), "belongs to solver 'ddim'"),
+        (lambda: ScheduleConfig(solver="dpmsolver++", eta=0.5), "belongs to ddim, got 0.5 with dpmsolver"),
+        (lambda: ScheduleConfig(eta=True), "eta must lie"),
+        (lambda: ScheduleConfig(solver="ddpm", steps=50), r"steps of ddpm must lie in \[1000, 1000\], got 50"),
+        (lambda: ScheduleConfig(timesteps=20, steps=21), r"steps of ddim must lie in \[1, 20\]"),
+        (lambda: ScheduleConfig(solver="dpmsolver++", steps=1000), r"\[1, 999\]"),
         (lambda: ScheduleConfig(timestep_spacing="karras"), "linspace, leading, trailing"),
         (lambda: ModelConfig(denoiser=DenoiserConfig(channels=4)), "must be equal"),
     ],

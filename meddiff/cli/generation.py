@@ -63,12 +63,12 @@ def generate(
         anatomy: What to generate, see the list below; by default the first that the model was trained for.
         size: Voxels along the file's axes, such as 512 or 256x256x128; by default the first that it was trained for.
         spacing: Voxel spacing in mm along the same axes, such as 1 or 0.7x0.7x1; by default the one of that size.
-        solver: ddim or dpmsolver++ (few steps), or ddpm (all 1000); by default the model's, which most leave at ddim.
-        steps: Denoising steps; by default the model's, else 50 for ddim, 20 for dpmsolver++.
-        eta: Fresh noise in DDIM, 0 to 1; by default the model's, else 0.
+        solver: ddim or dpmsolver++ (few steps), or ddpm (all 1000); by default the model's own, mostly ddim.
+        steps: Denoising steps; by default the model's with its own solver, else 50 for ddim, 20 for dpmsolver++.
+        eta: Fresh noise in DDIM, 0 to 1; by default the model's with its own solver, else 0.
         order: Of dpmsolver++, by default 2.
         timestep_spacing: How the steps of ddim and dpmsolver++ are spread, by the names that diffusers gives them; by
-            default the model's, else linspace.
+            default the model's with its own solver, else linspace.
         seed: The same seed gives the same volume. With count, that of the first volume; each other has the next one.
         count: How many volumes to generate.
         list: CSV file of volumes, with any of the columns anatomy, size, spacing, seed and file (its name).

@@ -64,10 +64,10 @@ def resolve_sampling(
 ) -> dict[str, Any]:
     """All options of a sampler; `steps` None is the solver's own default.
 
-    What is None is as the configuration says, or, with another solver than the configuration's, eta 0, spacing
-    linspace and the solver's highest order.
+    What is None is the configuration's, where the solver is; with another solver, its own number of steps, eta 0 and
+    linspace. An order of None is the solver's highest.
 
-    Raises ValueError for an unknown solver, or an order or eta that it lacks.
+    Raises ValueError for an unknown solver, or an order or eta that it lacks; `solver_timesteps` for steps and spacing.
     """
     solver = config.solver if solver is None else solver
     _require_known(solver)
@@ -75,7 +75,7 @@ def resolve_sampling(
     eta = default.eta if eta is None else eta
     if not 0 <= eta <= 1 or (eta and solver != "ddim"):
         raise ValueError(f"sample: eta must lie in [0, 1] and belongs to solver 'ddim', got eta={eta} with {solver!r}")
-    if order is not None and not (highest > 1 and 1 <= order <= highest):
+    if order is not None and not 1 <= order <= highest:
         raise ValueError(
             f"sample: order must be 1 or 2 and belongs to solver 'dpmsolver++', got order={order} with {solver!r}"
         )
@@ -253,7 +253,7 @@ class Sampler:
             noise: the start, float [B, C, D, H, W], or the latent's size (D, H, W) to draw it from `seed`.
             y: classes, integer [B].
             solver: "ddim" (Song et al. 2021), "dpmsolver++" (Lu et al. 2022) or "ddpm" (Ho et al. 2020).
-            steps: denoising steps; None as in `solver_timesteps`.
+            steps: denoising steps.
             eta: DDIM's share of fresh noise, 0 (deterministic) to 1.
             order: of dpmsolver++, 1 or 2; None is 2.
             timestep_spacing: as in `solver_timesteps`.

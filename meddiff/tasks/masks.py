@@ -23,8 +23,8 @@ def one_hot(labels: Tensor, config: MasksConfig) -> Tensor:
 def classify(x: Tensor, config: MasksConfig) -> Tensor:
     """The tissue with the nearest mean intensity. [D, H, W] in [-1, 1] → int64 [D, H, W].
 
-    The means begin as those of the training images, and Lloyd's algorithm (k-means) refines them on the image itself,
-    in at most 1000 rounds, so that moderate changes of contrast and brightness do not matter. The threshold above the
+    The means begin as those of the training images, and Lloyd's algorithm (k-means, at most 1000 rounds) refines them
+    on the image itself. Moderate changes of contrast and brightness therefore do not matter. The threshold above the
     darkest tissue is fixed: half-way between the two darkest means of training.
 
     Raises ValueError where the means of training are not known, and for an image that is not finite.

@@ -246,9 +246,8 @@ def _preview(
     x0, y, condition = data[0, 0]
     entering = _network_batch(condition[None], task)
     steered = SteeredDenoiser(base.denoiser, [Control(network, entering)])
-    sample = sample_latent(
-        steered, schedule, x0.shape[1:], torch.tensor([y]), steps=options.preview_steps, seed=options.seed
-    )
+    sampling = {"solver": "ddim", "steps": min(options.preview_steps, schedule.timesteps), "seed": options.seed}
+    sample = sample_latent(steered, schedule, x0.shape[1:], torch.tensor([y]), **sampling)
 
     def decode(latent: Tensor) -> Tensor:
         return base.autoencoder.decode_latent(latent)[0, 0].float().clamp(-1, 1)

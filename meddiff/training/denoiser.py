@@ -88,5 +88,6 @@ def _sample(
 ) -> Tensor:
     """A sample [D, H, W] in [-1, 1]."""
     y = torch.tensor([class_index])
-    latent = sample_latent(denoiser, schedule, size, y, steps=options.preview_steps, seed=options.seed)
+    steps = min(options.preview_steps, schedule.timesteps)
+    latent = sample_latent(denoiser, schedule, size, y, solver="ddim", steps=steps, seed=options.seed)
     return autoencoder.decode_latent(latent)[0, 0].clamp(-1, 1)

@@ -74,10 +74,13 @@ def test_few_planes_of_few_channels_in_bfloat16(channels, size):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("build", [partial(conv3, 24, 24), partial(conv3, 1, 8), partial(conv1, 8, 8)])
-def test_inference_under_autocast_and_compiled(build):
+@pytest.mark.parametrize(
+    "build, size",
+    [(partial(conv3, 24, 24), (12, 9, 14)), (partial(conv3, 1, 8), (32, 32, 32)), (partial(conv1, 8, 8), (3, 4, 2))],
+)
+def test_inference_under_autocast_and_compiled(build, size):
     conv = made(build, torch.float32)
-    x = torch.randn(1, conv.in_channels, 3, 4, 2)
+    x = torch.randn(1, conv.in_channels, *size)
     wanted = conv(x)
     with torch.autocast("cpu", torch.bfloat16):
         got = conv(x)

@@ -388,9 +388,12 @@ def test_what_is_left_open_is_as_the_model_says(denoiser):
     others = {"solver": "dpmsolver++", "steps": None, "eta": 0.0, "order": 2, "timestep_spacing": "linspace"}
     assert resolve_sampling(own, solver="dpmsolver++") == others
     assert resolve_sampling(ScheduleConfig()) == asked | {"steps": None, "eta": 0.0, "timestep_spacing": "linspace"}
+    of_other = ScheduleConfig(solver="dpmsolver++", steps=7, timestep_spacing="trailing")
+    assert resolve_sampling(of_other) == others | {"steps": 7, "timestep_spacing": "trailing"}
+    assert resolve_sampling(of_other, solver="ddim") == resolve_sampling(ScheduleConfig())
     assert set(SOLVERS) == set(SOLVER_NAMES)
 
-    latent, options = sample_latent(denoiser, schedule, (8, 8, 8), Y, seed=1), asked | {"order": None, "seed": 1}
+    latent, options = sample_latent(denoiser, schedule, (8, 8, 8), Y, seed=1), asked | {"seed": 1}
     assert torch.equal(latent, sample_latent(denoiser, plain, (8, 8, 8), Y, **options))
     assert not torch.allclose(latent, sample_latent(denoiser, schedule, (8, 8, 8), Y, eta=0.0, seed=1), atol=1e-3)
 

@@ -172,6 +172,17 @@ def test_the_model_knows_what_it_was_trained_on_and_takes_the_precision_asked_fo
         model.generate("mr_knee")
 
 
+def test_the_model_is_sampled_as_its_training_said(options):
+    schedule = ScheduleConfig(steps=3, eta=1.0, timestep_spacing="leading")
+    model = MedDiffusion.from_pretrained(train_denoiser(replace(options, steps=1, preview_every=1, schedule=schedule)))
+    assert model.config.schedule == schedule
+    record = model.generate(size=(64, 64, 64)).record
+    said = {"solver": "ddim", "steps": 3, "eta": 1.0, "order": 1, "timestep_spacing": "leading"}
+    assert {key: record[key] for key in said} == said
+    record = model.generate(size=(64, 64, 64), solver="dpmsolver++", steps=2).record
+    assert (record["eta"], record["timestep_spacing"]) == (0.0, "linspace")
+
+
 def test_classes_beyond_the_denoisers_are_refused(options):
     with pytest.raises(ValueError, match="num_classes must be larger"):
         train_denoiser(replace(options, model=replace(options.model, num_classes=4)))
