@@ -401,7 +401,7 @@ def sample_ddim(
     for t, following in zip(timesteps, [*timesteps[1:], 0]):
         time = torch.full((len(x),), t, device=x.device)
         estimate = denoiser(x.to(dtype, memory_format=layout), time, y=y, res=resolution).float()
-        signal, after = schedule.alphas_cumprod[t], schedule.alphas_cumprod[following]
+        signal, after = schedule.signal(torch.tensor([t, following])).float().to(x.device)
         x0 = ((x - (1 - signal).sqrt() * estimate) / signal.sqrt()).clamp(-1, 1)
         x = after.sqrt() * x0 + (1 - after).sqrt() * estimate
     return x

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _FUSED = (torch.float32, torch.bfloat16)  # on the CPU
+# A convolution of so few voxels with so large a weight is bound by reading the weight, which oneDNN lays out anew.
+_FEW_VOXELS, _LARGE_WEIGHT = 64, 2**20
 
 
 def _statistics(y: Tensor) -> Tensor:
@@ -92,6 +94,8 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padd
     """
     if weight.shape[2] == stride == 1 and padding == 0:
         return F.linear(x.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
+    if x.device.type == "cpu" and weight.numel() >= _LARGE_WEIGHT and x[:, 0].numel() <= _FEW_VOXELS * stride**3:
+        return _unfolded_conv3d(x, weight, bias, stride, padding)
     if (
         x.dtype == torch.float32
         and x.device.type == "cpu"
@@ -100,6 +104,16 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padd
     ):
         return torch.mkldnn_convolution(x, weight, bias, (padding,) * 3, (stride,) * 3, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
+
+
+def _unfolded_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
+    """As one product, in the order in which the weight lies in memory."""
+    windows = F.pad(x, [padding] * 6).permute(0, 2, 3, 4, 1)
+    for axis in (1, 2, 3):
+        windows = windows.unfold(axis, weight.shape[2], stride)  # [B, D, H, W, C, k, k, k] in the end
+    if weight.stride(1) == 1:
+        windows, weight = windows.permute(0, 1, 2, 3, 5, 6, 7, 4), weight.permute(0, 2, 3, 4, 1)
+    return F.linear(windows.flatten(4), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
 
 
 def _run_ref(x: Tensor, *arguments) -> None:

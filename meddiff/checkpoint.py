@@ -1,6 +1,7 @@
 """Model folders: JSON and safetensors only, written whole or not at all, and checked before any of it is used.
 
-    config.json                      {"format": "meddiff", "version": 1, "components": [...], "schedule": {...},
+    config.json                      {"format": "meddiff", "version": 1, "components": [...],
+                                      "schedule": ScheduleConfig: of the noise, and how it is sampled by default,
                                       "anatomies": {...}: what it was trained on, where that is not the released table}
     autoencoder/config.json          AutoencoderConfig
     autoencoder/model.safetensors    state dict of PatchVolumeAutoencoder

@@ -48,4 +48,4 @@ def classify(x: Tensor, config: MasksConfig) -> Tensor:
         if torch.equal(found, means):
             break
         means = found
-    return torch.tensor(order, device=x.device)[torch.bucketize(x.float(), thresholds.to(x.device))]
+    return torch.tensor(order, device=x.device)[torch.bucketize(x.float().contiguous(), thresholds.to(x.device))]

@@ -42,6 +42,8 @@ def made(build, dtype: torch.dtype) -> Conv3d:
         (partial(conv1, 16, 24), (3, 2, 4)),
         (partial(down_conv, 24), (12, 10, 14)),
         (partial(Conv3d, 8, 24, kernel_size=4, stride=4), (16, 16, 16)),
+        (partial(conv3, 256, 160), (4, 3, 5)),
+        (partial(down_conv, 192), (4, 6, 2)),
     ],
 )
 def test_inference_is_channels_last_and_not_unfolded(build, size, dtype):
