@@ -65,7 +65,7 @@ void norm_silu_conv3d(const Tensor& x, const OptionalTensor& scale, const Option
                   "channels-last bfloat16 or float16, with channels in multiples of 8; norm_silu_conv3d serves the rest");
   const Tensor workspace = torch::stable::new_empty(x, {bytes}, ScalarType::Byte);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   const auto launch = Wgmma ? norm_silu_conv3d_wgmma : norm_silu_conv3d_cuda;
   const int error = launch(p, workspace.mutable_data_ptr(), stream);
   STD_TORCH_CHECK(error == cudaSuccess, "norm_silu_conv3d: CUDA launch failed: ",

@@ -30,7 +30,7 @@ void up_conv3d(const Tensor& x, const Tensor& weight, const OptionalTensor& bias
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   const Tensor workspace = torch::stable::new_empty(x, {up_conv3d_cuda_workspace(p)}, ScalarType::Byte);
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
   const int error = up_conv3d_cuda(p, workspace.mutable_data_ptr(), stream);
   STD_TORCH_CHECK(error == cudaSuccess, "up_conv3d: CUDA launch failed: ",
                   cudaGetErrorString(static_cast<cudaError_t>(error)));

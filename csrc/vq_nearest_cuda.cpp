@@ -22,7 +22,7 @@ Tensor vq_nearest(const Tensor& z, const Tensor& codes_in) {
   const Tensor codes = torch::stable::contiguous(codes_in);
   const Tensor workspace = torch::stable::new_empty(z, {vq_nearest_cuda_workspace(z.size(1), codes.size(0))});
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(z.get_device_index(), &stream));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(z.get_device_index(), &stream));
   const int error = vq_nearest_cuda(z.const_data_ptr<float>(), z.sizes().data(), z.strides().data(),
                                     codes.const_data_ptr<float>(), codes.size(0), workspace.mutable_data_ptr<float>(),
                                     index.mutable_data_ptr<int64_t>(), stream);

@@ -71,10 +71,9 @@ def _launch(x: Tensor, estimate: Tensor, coefficients: Tensor, noise: Tensor | N
         _step_kernel[grid](x, estimate, coefficients, noise, x0_prev, x.numel(), **flags, num_warps=4)
 
 
+# No defaults: PyTorch 2.11 leaves out trailing arguments that equal theirs, and then counts those that are mutated.
 @torch.library.custom_op("meddiff::_diffusion_step", mutates_args=("x", "x0_prev"), device_types="cpu")
-def _step(
-    x: Tensor, estimate: Tensor, coefficients: Tensor, noise: Tensor | None = None, x0_prev: Tensor | None = None
-) -> None:
+def _step(x: Tensor, estimate: Tensor, coefficients: Tensor, noise: Tensor | None, x0_prev: Tensor | None) -> None:
     noise = None if noise is None else noise.float()
     out, x0 = diffusion_step_ref(x, estimate.float(), coefficients, noise, x0_prev)
     x.copy_(out)
@@ -87,7 +86,7 @@ _step.register_kernel("cuda", _launch)
 
 @_step.register_fake
 def _step_fake(
-    x: Tensor, estimate: Tensor, coefficients: Tensor, noise: Tensor | None = None, x0_prev: Tensor | None = None
+    x: Tensor, estimate: Tensor, coefficients: Tensor, noise: Tensor | None, x0_prev: Tensor | None
 ) -> None:
     return None
 

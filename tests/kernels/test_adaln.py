@@ -58,10 +58,11 @@ def case(shape: tuple[int, ...], dtype: torch.dtype = torch.float32, seed: int =
     return {"x": x + 0.5, "gate": gate, "h": h, "shift": shift, "scale": scale}
 
 
-def assert_near(got: Tensor, wanted: Tensor, dtype: torch.dtype, factor: float = 1) -> None:
+def assert_near(got: Tensor, wanted: Tensor, dtype: torch.dtype, factor: float = 1, least: float = 1e-30) -> None:
+    """Relative to the largest number, or to `least` if that is more."""
     assert got.shape == wanted.shape and got.isfinite().all()
     if wanted.numel():
-        error = (got.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=1e-30)
+        error = (got.double() - wanted.double()).abs().max() / wanted.double().abs().max().clamp(min=least)
         assert error <= factor * TOLERANCE[dtype], f"{error:.1e}"
 
 
@@ -419,8 +420,10 @@ def test_cuda(shape: tuple, dtype: torch.dtype):
         for got, exact in zip(*(r if kind == "both" else (r,) for r in (results, wanted))):
             assert_near(got.cpu(), exact, dtype)
         exact = gradients(ours, inputs, grads)
+        # one channel is normalised to 0 whatever it is: its gradient is what fused operations leave of dy/√eps
+        least = EPS**-0.5 if shape[-1] == 1 and "scale" in inputs else 1e-30
         for name, gradient in gradients(ours, on_gpu, tuple(g.cuda() for g in grads)).items():
-            assert_near(gradient.cpu(), exact[name], dtype, factor=2)
+            assert_near(gradient.cpu(), exact[name], dtype, factor=2, least=least if name in ("x", "h") else 1e-30)
 
 
 @pytest.mark.gpu

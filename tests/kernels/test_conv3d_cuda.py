@@ -46,14 +46,21 @@ def zeros_of(pads: tuple[int, ...]) -> tuple[int, ...]:
     return (*pads[4:], *pads[2:4], *pads[:2])
 
 
-def check(out: Tensor, wanted: Tensor, statistics: Tensor | None = None) -> None:
+def check(out: Tensor, wanted: Tensor, terms: int, flip: float = 0.0, statistics: Tensor | None = None) -> None:
+    """The result is rounded once, and `flip` is what one activation that is rounded the other way can change.
+
+    A float32 sum of `terms` products, one after the other, is off by a quarter of √terms half units on average, and by
+    three in one of a hundred thousand (tests/csrc's emulation).
+    """
     unit = HALF_UNIT[out.dtype]
-    bound = 1.01 * unit * wanted.abs() + 0.1 * max(unit, 2.0**-16) * wanted.square().mean().sqrt()
-    assert ((out.double() - wanted).abs() <= bound).all()
+    sums = max(0.1 * unit, 4 * terms**0.5 * HALF_UNIT[torch.float32])
+    bound = 1.01 * unit * wanted.abs() + sums * wanted.square().mean().sqrt() + flip
+    error = (out.double() - wanted).abs()
+    assert (error <= bound).all(), f"{(error / bound).max().item():.2f} times the bound"
     if statistics is None:
         return
     variance, mean = torch.var_mean(out.double(), (2, 3, 4), correction=0)
-    assert torch.allclose(statistics[:, 0].double(), mean, rtol=1e-6, atol=1e-6)
+    assert ((statistics[:, 0].double() - mean).abs() <= 1e-6 * (mean.abs() + variance.sqrt() + 1)).all()
     assert torch.allclose(statistics[:, 1].double(), variance * out[0, 0].numel(), rtol=1e-4)
 
 
@@ -84,8 +91,12 @@ def test_norm_silu_conv3d(operator: str, dtype: torch.dtype, channels, outputs, 
     bias = torch.randn(outputs, device="cuda").to(dtype)
     scale, shift = 1 + 0.2 * torch.randn(2, channels, device="cuda"), torch.randn(2, channels, device="cuda")
     y = F.silu(x.double() * scale[:, :, None, None, None].double() + shift[:, :, None, None, None].double())
-    y = y if dtype == torch.float32 else y.to(dtype).double()
+    flip = 0.0  # SiLU is approximate
+    if dtype != torch.float32:
+        y = y.to(dtype).double()
+        flip = 2 * HALF_UNIT[dtype] * (y.abs().max() * weight.abs().max()).item()
     wanted = F.conv3d(F.pad(y, zeros_of(pads)), weight.double(), bias.double())
+    terms = channels * kernel**3 + (residual if isinstance(residual, int) else 0)
     add = None
     extra: list[Tensor | None] = [None, None]
     if residual == "added":
@@ -101,7 +112,7 @@ def test_norm_silu_conv3d(operator: str, dtype: torch.dtype, channels, outputs, 
         statistics = None if outputs == 1 else torch.full((2, 2, outputs), torch.nan, device="cuda")
         run(x, scale, shift, True, False, weight, bias, pads, add, *extra, out, statistics)
         results += [out, *([] if statistics is None else [statistics])]
-    check(results[0], wanted, None if outputs == 1 else results[1])
+    check(results[0], wanted, terms, flip, None if outputs == 1 else results[1])
     half = len(results) // 2
     assert all(torch.equal(a, b) for a, b in zip(results[:half], results[half:])), "not the same bits twice"
 
@@ -118,7 +129,7 @@ def test_upsample(operator: str, dtype: torch.dtype):
     wanted = F.conv3d(F.pad(doubled, zeros_of(pads)), weight.double())
     out = torch.empty(wanted.shape, dtype=dtype, device="cuda", memory_format=torch.channels_last_3d)
     run(x, None, None, False, True, weight, None, pads, None, None, None, out, None)
-    check(out, wanted)
+    check(out, wanted, 64 * 27)
 
 
 @DTYPES
@@ -141,7 +152,7 @@ def test_up_conv3d(dtype: torch.dtype, channels, outputs, size, pads):
     out = channels_last(*wanted.shape, dtype=dtype, cut=True).fill_(torch.nan)
     statistics = torch.full((2, 2, outputs), torch.nan, device="cuda")
     torch.ops.meddiff.up_conv3d(x, weight, bias, pads, out, statistics)
-    check(out, wanted, statistics)
+    check(out, wanted, 8 * channels, statistics=statistics)
 
 
 def test_statistics_far_from_zero():
@@ -153,7 +164,7 @@ def test_statistics_far_from_zero():
     torch.ops.meddiff.norm_silu_conv3d(
         x, None, None, False, False, weight, bias, [0] * 6, None, None, None, out, statistics
     )
-    check(out, x.double() + 1000, statistics)
+    check(out, x.double() + 1000, 8, statistics=statistics)
 
 
 @pytest.mark.large
@@ -171,5 +182,5 @@ def test_more_than_two_to_the_31_elements(operator: str):
         begin, end = max(first - 1, 0), min(first + 4, 800)
         part = F.pad(x[:, :, begin:end].double(), (1, 1, 1, 1, int(first == 0), int(end == 800)))
         planes = F.conv3d(part, weight.double())[:, :, :3]
-        check(out[:, :, first : first + 3], planes)
+        check(out[:, :, first : first + 3], planes, 48 * 27)
     assert torch.isfinite(out.sum()) and torch.isfinite(statistics).all()

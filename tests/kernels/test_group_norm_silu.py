@@ -135,7 +135,8 @@ def check_gradients(got: list, tensors: list, dy: Tensor, arguments: dict, devic
             assert gradient is None
             continue
         assert gradient.dtype == tensor.dtype, name
-        least = dy.abs().max().item() * 0.05  # one voxel and one channel: a gradient of nothing but rounding
+        # of two numbers, normalised, nothing is left to differentiate: a gradient of rounding
+        least = dy.abs().max().item() * (0.05 if tensors[0][0].numel() > 2 * arguments["groups"] else 1)
         tolerance = TOLERANCE[dy.dtype] if name == "x" else max(TOLERANCE[torch.float32], TOLERANCE[tensor.dtype])
         assert_near(gradient.cpu(), exact, tolerance, least)
 

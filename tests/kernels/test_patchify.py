@@ -335,9 +335,9 @@ def test_cuda(shape: tuple[int, ...], patch: int, dtype: torch.dtype, target: to
 @pytest.mark.large
 @pytest.mark.skipif(not GPU, reason="no CUDA device")
 def test_cuda_beyond_32_bits():
-    """2³¹ + 2²⁷ voxels: the last patches begin past 2³¹."""
-    x = torch.zeros(1, 1, 17 * 64, 1408, 1408, device="cuda", dtype=torch.uint8)
-    assert x.numel() > 2**31 + 2**26
+    """2³¹ + 2²⁷ voxels: the last patch begins past 2³¹."""
+    x = torch.zeros(1, 1, 18 * 64, 1408, 1408, device="cuda", dtype=torch.uint8)
+    assert (17 * 64 * 1408 + 21 * 64) * 1408 + 21 * 64 > 2**31
     x[..., -64:, -64:, -64:] = torch.randint(256, (64, 64, 64), device="cuda", dtype=torch.uint8)
     last = patchify(x, 64, torch.bfloat16, start=-1)
     assert torch.equal(last[0, 0], x[0, 0, -64:, -64:, -64:].bfloat16())

@@ -398,7 +398,7 @@ def test_cuda_backward(dtype: torch.dtype):
     results = []
     for device in ("cpu", "cuda"):
         with torch.enable_grad():
-            leaves = [x.to(device).requires_grad_() for x in (features.to(dtype), weight, bias)]
+            leaves = [x.to(device, copy=True).requires_grad_() for x in (features.to(dtype), weight, bias)]
             latent, _, rows, _ = vq_encode(*leaves, codes.to(device), size, rows=True)
             (latent.square().sum() + (rows * random(2, 8, *size, seed=5).to(device)).sum()).backward()
         results.append([leaf.grad.cpu() for leaf in leaves])
