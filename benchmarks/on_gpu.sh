@@ -52,7 +52,10 @@ part() {
 
 part build 120 env MEDDIFF_CUDA=1 python -m pip install --no-deps --no-build-isolation -e .
 part doctor 20 python -m meddiff.cli doctor
-part tests 150 python -m pytest -m gpu -ra
+# eight at a time where pytest-xdist is there: most of their time goes by compiling kernels and on the CPU's references
+parallel=$(python -c 'import xdist; print("-n 8 --dist worksteal")' 2> /dev/null)
+# shellcheck disable=SC2086
+part tests 170 python -m pytest -m gpu -ra $parallel
 
 sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer)
 if [[ -n $sanitizer ]]; then

@@ -1,5 +1,5 @@
 // The convolutions on FMA units, for every type, width and stride: correct, not tuned. tests/csrc compiles this file
-// for the host. No GPU has run it yet.
+// for the host.
 #pragma once
 
 #include "conv3d_tile.h"

@@ -1,4 +1,4 @@
-// How march_kernel and wgmma_kernel end: bias, residual and statistics of accumulators. No GPU has run it yet.
+// How march_kernel and wgmma_kernel end: bias, residual and statistics of accumulators.
 #pragma once
 
 #include "conv3d_tile.h"

@@ -10,7 +10,7 @@
 // Weights are packed as the lanes of a warp take them, so that a lane reads two operands B at once. Of 16 output
 // channels the packing gives a lane four neighbours: whole 32-byte sectors are written.
 //
-// tests/csrc compiles this file for the host. No GPU has run it yet.
+// tests/csrc compiles this file for the host.
 #pragma once
 
 #include "conv3d_finish.h"

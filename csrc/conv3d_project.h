@@ -1,4 +1,4 @@
-// Conv 3³ to one channel. tests/csrc compiles this file for the host. No GPU has run it yet.
+// Conv 3³ to one channel. tests/csrc compiles this file for the host.
 #pragma once
 
 #include "conv3d_tile.h"

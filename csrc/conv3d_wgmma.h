@@ -9,7 +9,7 @@
 // Products of one tap run while the threads normalise and activate a part of the next window. Those of planes of out
 // that are not the block's (two at each end of the march) are computed and dropped.
 //
-// tests/csrc compiles this file for the host. No GPU has run it yet.
+// tests/csrc compiles this file for the host.
 #pragma once
 
 #include "conv3d_finish.h"

@@ -1,5 +1,4 @@
-// norm_silu_conv3d on the GPU: which instance of the kernels (conv3d_march.h and its siblings) serves a call. No GPU
-// has run it yet.
+// norm_silu_conv3d on the GPU: which instance of the kernels (conv3d_march.h and its siblings) serves a call.
 #include "conv3d_cuda.h"
 #include "conv3d_run.h"
 

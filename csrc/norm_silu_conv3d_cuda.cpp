@@ -1,5 +1,4 @@
 // norm_silu_conv3d on the GPU, and _norm_silu_conv3d_wgmma, which is the same by the kernel for compute capability 9.0.
-// No GPU has run them yet.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

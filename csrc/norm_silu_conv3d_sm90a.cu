@@ -1,4 +1,4 @@
-// norm_silu_conv3d by wgmma (conv3d_wgmma.h), compiled for sm_90a alone. No GPU has run it yet.
+// norm_silu_conv3d by wgmma (conv3d_wgmma.h), compiled for sm_90a alone.
 #include "conv3d_cuda.h"
 #include "conv3d_run.h"
 #include "conv3d_wgmma.h"

@@ -1,5 +1,4 @@
-// up_conv3d on the GPU: which instance of the kernels (conv3d_march.h and its siblings) serves a call. No GPU has run
-// it yet.
+// up_conv3d on the GPU: which instance of the kernels (conv3d_march.h and its siblings) serves a call.
 #include "conv3d_cuda.h"
 #include "conv3d_run.h"
 

@@ -1,4 +1,4 @@
-// up_conv3d on the GPU. No GPU has run it yet.
+// up_conv3d on the GPU.
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>

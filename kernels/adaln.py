@@ -9,8 +9,7 @@ usually parts of one [B, 6·C]: they are read where they are. Statistics are per
 registers or cache; they and all arithmetic are float32. r and y have x's dtype; y is normalised from r as it is stored.
 
 Each tensor is read once and written once. So in the backward pass, which sums the gradients of gate, shift and scale
-over runs of tokens, and then those sums, always in one order. Gradients have no gradient of their own. No GPU has run
-this yet.
+over runs of tokens, and then those sums, always in one order. Gradients have no gradient of their own.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """LayerNorm over the channels of each voxel, with a gain and no offset: y = (x − mean) / √(var + eps) · gain.
 
 x [..., C], float32, bfloat16 or float16, mean and (biased) variance over the C numbers of a row, which are read once;
-gain [C] in x's dtype or float32; y in x's dtype. Sums are float32. On the CPU this is PyTorch's layer_norm. No GPU has
-run this yet.
+gain [C] in x's dtype or float32; y in x's dtype. Sums are float32. On the CPU this is PyTorch's layer_norm.
 """
 
 from __future__ import annotations

@@ -9,7 +9,7 @@ seven numbers are one row of float32 in the tensor's device memory, in the order
 from the host, so that one captured CUDA graph serves all steps, the row being copied into place before each.
 
 Each element is read once and written once, and computed in float32. On the CPU, where the network takes a thousand
-times as long, it is plain PyTorch. Not differentiable. No GPU has run this yet.
+times as long, it is plain PyTorch. Not differentiable.
 """
 
 from __future__ import annotations
@@ -85,9 +85,7 @@ _step.register_kernel("cuda", _launch)
 
 
 @_step.register_fake
-def _step_fake(
-    x: Tensor, estimate: Tensor, coefficients: Tensor, noise: Tensor | None, x0_prev: Tensor | None
-) -> None:
+def _step_fake(x: Tensor, estimate: Tensor, coefficients: Tensor, noise: Tensor | None, x0_prev: Tensor | None) -> None:
     return None
 
 

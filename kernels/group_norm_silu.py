@@ -7,8 +7,7 @@ One pass over x for the statistics, float32 (on the CPU partly float64), by Chan
 deviations) in an order that depends on the shape alone; one to write y. The gradient takes two as well: dz is computed
 for its sums, and again for dx. With n the normalised x and m = weight·(1 + scale), of which z = n·m + …:
     dx = (m·dz − mean(m·dz) − n·mean(m·dz·n)) / √(var + eps).
-The kernels write Σ dz and Σ dz·n per sample and channel; dweight, dbias, dscale and dshift are made of those. No GPU
-has run this yet.
+The kernels write Σ dz and Σ dz·n per sample and channel; dweight, dbias, dscale and dshift are made of those.
 """
 
 from __future__ import annotations

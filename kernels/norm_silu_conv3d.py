@@ -3,10 +3,10 @@
 x is a tile of a volume with its halo, scale and shift are a GroupNorm whose statistics are known, folded to one pair of
 numbers per sample and channel: scale = weight / √(var + eps), shift = bias − mean·scale. Zeros are added AFTER norm and
 SiLU, where the volume ends. The statistics of what is written are those that the next norm needs. On the CPU the
-convolution is oneDNN's, on a scratch tile, and C++ fills that tile and empties it. On a GPU it is csrc/conv3d_march.h,
-checked on an emulated device; no GPU has run it yet. Where that is not built, CUDA tensors take the plain PyTorch code.
-For compute capability 9.0 there is csrc/conv3d_wgmma.h as well, in the same state; until a GPU has measured it, nothing
-but the private operator _norm_silu_conv3d_wgmma, which has the same arguments, goes there.
+convolution is oneDNN's, on a scratch tile, and C++ fills that tile and empties it. On a GPU it is csrc/conv3d_march.h;
+where that is not built, CUDA tensors take the plain PyTorch code. For compute capability 9.0 there is
+csrc/conv3d_wgmma.h as well; until it has been timed, nothing but the private operator _norm_silu_conv3d_wgmma, which has
+the same arguments, goes there.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ patch, values may be mapped from a window (low, high) of original units to [−1
 or permuted in memory.
 
 Each is the other's gradient; what was repeated sums onto the edge, and clipped values have none. The gradients can be
-differentiated again. On the CPU a copy is as fast as memory, so PyTorch makes it. No GPU has run this yet.
+differentiated again. On the CPU a copy is as fast as memory, so PyTorch makes it.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ The CPU searches as `vq_nearest` does (csrc/vq_fused.cpp). The Triton kernel sco
 code, on tensor cores in three TF32 products, and keeps the two best of each token. Where rounding could have swapped
 them, a second loop takes float64 distances to all codes that are close enough. So the index is that of the float64
 distances, summed channel by channel, on any device. Statistics are summed in the order of the tokens, without atomics,
-in a second pass over tokens sorted by code. No GPU has run this yet.
+in a second pass over tokens sorted by code.
 """
 
 from __future__ import annotations

@@ -8,8 +8,7 @@ compared in float64 (csrc/vq_nearest.h). Equal distances give the lowest index. 
 token with a NaN gets index 0. Beyond the result, memory is that of a few copies of the codebook per thread.
 
 Not differentiable: the index carries no gradient (a straight-through estimator belongs to the codebook module).
-The CUDA kernel has been checked on an emulated device, but no GPU has run it yet. Where it is not built, CUDA tensors
-take the plain PyTorch code.
+Where the CUDA kernel is not built, CUDA tensors take the plain PyTorch code.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ read and write the volumes directly; nothing is rearranged into windows.
 
 Softmax and sums are float32. Products are float32 for float32 input; otherwise a GPU multiplies numbers of the input's
 dtype, to which it rounds the probabilities, and the CPU float32 (csrc/window_attention.h). The gradient recomputes the
-probabilities from lse and has no gradient of its own. No GPU has run this yet.
+probabilities from lse and has no gradient of its own.
 """
 
 from __future__ import annotations

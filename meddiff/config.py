@@ -275,14 +275,10 @@ def task_from_dict(values: Any) -> TaskConfig:
 
 
 def condition_channels(task: TaskConfig, encoder: str, denoiser: DenoiserConfig) -> int:
-    """Channels of a task's condition: of the latent of an image, or of the voxels of masks and images.
-
-    Raises ValueError for masks as latents.
-    """
-    if isinstance(task, MasksConfig):
-        _require(encoder == "convolutional", f"masks: the condition needs encoder 'convolutional', got {encoder!r}")
-        return len(task.tissues)
-    return denoiser.channels if encoder == "latent" else 1
+    """Channels of a task's condition: of the latent of an image, or of the voxels of masks and images."""
+    if encoder == "latent":
+        return denoiser.channels
+    return len(task.tissues) if isinstance(task, MasksConfig) else 1
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,6 @@ def test_widths():
         (lambda: ControlNetConfig(copied=("down_path",)), "'intra_patch' must be copied"),
         (lambda: ControlNetConfig(copied=("middle",), enters=("latent",)), "the middle needs"),
         (lambda: SparseViewCTConfig(0), "views must be a positive integer"),
-        (lambda: condition_channels(MasksConfig(), "latent", DenoiserConfig()), "needs encoder 'convolutional'"),
         (lambda: task_from_dict({"name": "magic"}), "name must be one of"),
         (lambda: ScheduleConfig(s=0), r"\(0, 1\)"),
         (lambda: ScheduleConfig(solver="euler"), "solver must be one of ddim"),
@@ -93,11 +92,11 @@ def test_released_anatomies():
     assert ANATOMIES["mr_abdomen"].sizes() == ((256, 256, 128),)
 
 
+@pytest.mark.parametrize("encoder", ["latent", "convolutional"])
 @pytest.mark.parametrize("task", [MasksConfig(means=(0.0, 0.1, 0.2, 0.3)), SparseViewCTConfig(9), FastMRIConfig(8)])
-def test_tasks_and_what_they_steer_with_survive_json(task):
+def test_tasks_and_what_they_steer_with_survive_json(task, encoder):
     assert task_from_dict(json.loads(json.dumps(task_to_dict(task)))) == task
-    encoder = "convolutional" if isinstance(task, MasksConfig) else "latent"
     channels = condition_channels(task, encoder, DenoiserConfig())
     config = ControlNetConfig(DenoiserConfig(dim=48), encoder, channels, (4, 8), ("down_path",), ("latent",))
     assert ControlNetConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config and config.downsample == 4
-    assert channels == (4 if isinstance(task, MasksConfig) else 8)
+    assert channels == (8 if encoder == "latent" else 4 if isinstance(task, MasksConfig) else 1)

@@ -12,7 +12,7 @@ from torch import Tensor
 from meddiff.config import FastMRIConfig, MasksConfig, SparseViewCTConfig, TaskConfig
 from meddiff.models import PatchVolumeAutoencoder
 from meddiff.tasks import fast_mri, sparse_view_ct
-from meddiff.tasks.masks import one_hot
+from meddiff.tasks.masks import one_hot, paint
 from meddiff.tasks.measurement import Measurement
 
 _MEASURING = {FastMRIConfig: fast_mri, SparseViewCTConfig: sparse_view_ct}
@@ -57,15 +57,17 @@ def network_input(condition: Tensor, task: TaskConfig, encoder: str, autoencoder
         encoder: "latent" or "convolutional", as the ControlNet's.
 
     Returns:
-        Float32 [1, C, D, H, W]: a one-hot mask or the image at voxel size, or [1, 8, d, h, w]: its latent, scaled.
+        Float32 [1, C, D, H, W]: a one-hot mask or the image at voxel size, or [1, 8, d, h, w]: the latent of the image,
+        or of the mask as `paint` makes an image of it, scaled.
 
     Raises:
         ValueError: for labels that the task does not know.
     """
-    if isinstance(task, MasksConfig):
+    masks, convolutional = isinstance(task, MasksConfig), encoder == "convolutional"
+    if masks and convolutional:
         return one_hot(condition, task)[None]
-    image = condition[None, None].float()
-    if encoder == "convolutional":
+    image = (paint(condition, task) if masks else condition.float())[None, None]
+    if convolutional:
         return image
     with torch.inference_mode():
         latent = autoencoder.codebook.latent_scale().scale(autoencoder.encode(image))
@@ -73,4 +75,4 @@ def network_input(condition: Tensor, task: TaskConfig, encoder: str, autoencoder
     return latent[..., :d, :h, :w].clone()  # without the padding to whole patches
 
 
-__all__ = ["Measurement", "impose", "is_measured", "measure", "network_input", "one_hot", "reconstruct"]
+__all__ = ["Measurement", "impose", "is_measured", "measure", "network_input", "one_hot", "paint", "reconstruct"]

@@ -20,6 +20,14 @@ def one_hot(labels: Tensor, config: MasksConfig) -> Tensor:
     return torch.stack([labels == tissue for tissue in range(classes)]).float()
 
 
+def paint(labels: Tensor, config: MasksConfig) -> Tensor:
+    """Integer labels [D, H, W] → a float32 image: the tissues evenly spaced from -1, the first, to 1, the last.
+
+    Raises ValueError for labels that are no tissue's.
+    """
+    return one_hot(labels, config).argmax(0).float() * (2 / (len(config.tissues) - 1)) - 1
+
+
 def classify(x: Tensor, config: MasksConfig) -> Tensor:
     """The tissue with the nearest mean intensity. [D, H, W] in [-1, 1] → int64 [D, H, W].
 

@@ -1,7 +1,7 @@
 """Training of a ControlNet on pairs of a volume and a condition made of it (Zhang et al. 2023, section 3.3).
 
 The pairs are made once: the volume's latent, and as the condition the labels, the voxels of a first reconstruction, or
-the latent of it. A batch holds pairs of one size. The base never changes, and its loss is the base's own.
+the latent of either. A batch holds pairs of one size. The base never changes, and its loss is the base's own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from meddiff.progress import progress
 from meddiff.report import save_comparison
 from meddiff.resources import default_dtype
 from meddiff.sampling import RESOLUTION_UNIT, NoiseSchedule, sample_latent
-from meddiff.tasks import measure, network_input, one_hot, reconstruct
+from meddiff.tasks import measure, network_input, one_hot, paint, reconstruct
 from meddiff.training.data import ListedVolume, draw_seed, leave_out, list_volumes, preparation
 from meddiff.training.ema import MovingAverage
 from meddiff.training.engine import TrainingRun
@@ -71,7 +71,7 @@ def train_controlnet(options: ControlNetTraining) -> Path:
 
     for step in run.steps(start, optimizer):
         x0, y, condition = (part.to(device) for part in next(batches))
-        condition = _network_batch(condition, task)
+        condition = _network_batch(condition, task, options.condition_encoder)
         noise = torch.randn_like(x0)
         t = schedule.draw_timesteps(len(x0), options.timestep_bias)
         resolution = x0.new_tensor(x0.shape[2:]) / RESOLUTION_UNIT
@@ -109,9 +109,9 @@ def _network_config(options: ControlNetTraining, base: LoadedModel) -> ControlNe
     )
 
 
-def _network_batch(condition: Tensor, task: TaskConfig) -> Tensor:
+def _network_batch(condition: Tensor, task: TaskConfig, encoder: str) -> Tensor:
     """Conditions as they are stored → what the network takes, float32 [B, C, …]."""
-    if isinstance(task, MasksConfig):
+    if isinstance(task, MasksConfig) and encoder == "convolutional":
         return torch.stack([one_hot(labels, task) for labels in condition])
     return condition
 
@@ -160,11 +160,13 @@ def make_pairs(
             except ValueError as error:
                 raise ValueError(f"train_controlnet: {volume.label}: {error}") from None
             sums, voxels = (part.sum((1, 2, 3)) for part in (hot * image, hot))
-            tensors = {"condition": labels, "tissue_sums": sums, "tissue_voxels": voxels}
+            condition, tensors = labels, {"tissue_sums": sums, "tissue_voxels": voxels}
         else:
-            condition = reconstruct(measure(image, task, draw_seed(options.seed, i)), task)
-            entering = network_input(condition, task, options.condition_encoder, autoencoder)
-            tensors = {"condition": entering[0].cpu()}
+            condition, tensors = reconstruct(measure(image, task, draw_seed(options.seed, i)), task), {}
+        # labels are stored as they are: one-hot they are many times as large
+        if not masks or options.condition_encoder == "latent":
+            condition = network_input(condition, task, options.condition_encoder, autoencoder)[0].cpu()
+        tensors["condition"] = condition
         tensors = {name: tensor.contiguous() for name, tensor in (tensors | {"latent": latent.cpu()}).items()}
         description = latent_description(volume.anatomy, options.spacing or x["mm"])
         with atomic_write(folder / names[-1]) as temporary:
@@ -244,7 +246,7 @@ def _preview(
 ) -> list[Tensor]:
     """Condition, sample and truth of the first pair, [D, H, W] in [-1, 1] each."""
     x0, y, condition = data[0, 0]
-    entering = _network_batch(condition[None], task)
+    entering = _network_batch(condition[None], task, options.condition_encoder)
     steered = SteeredDenoiser(base.denoiser, [Control(network, entering)])
     sampling = {"solver": "ddim", "steps": min(options.preview_steps, schedule.timesteps), "seed": options.seed}
     sample = sample_latent(steered, schedule, x0.shape[1:], torch.tensor([y]), **sampling)
@@ -252,8 +254,8 @@ def _preview(
     def decode(latent: Tensor) -> Tensor:
         return base.autoencoder.decode_latent(latent)[0, 0].float().clamp(-1, 1)
 
-    if isinstance(task, MasksConfig):
-        shown = condition.float() * (2 / (len(task.tissues) - 1)) - 1
+    if options.condition_encoder == "latent":
+        shown = decode(condition[None])
     else:
-        shown = decode(condition[None]) if options.condition_encoder == "latent" else condition[0]
+        shown = paint(condition, task) if isinstance(task, MasksConfig) else condition[0]
     return [shown.to(sample.device), decode(sample), decode(x0[None])]

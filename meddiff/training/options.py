@@ -326,8 +326,8 @@ class ControlNetTraining(DiffusionTraining):
         anatomy: Of volumes whose list names none.
         spacing: mm along X, Y, Z to which volumes are resampled; by default they stay as they are.
         on_bad: Whether a file that cannot be used is fatal, or named and skipped.
-        encoder: Of the condition, latent (the autoencoder's) or convolutional (voxels); by default convolutional for
-            masks and latent for images.
+        encoder: Of the condition, latent (the autoencoder's; of a mask it is given an image with an intensity for each
+            tissue, in their order) or convolutional (voxels); by default convolutional for masks and latent for images.
         width: Channels of the convolutional encoder's first layer; each of the others has twice as many.
         copied: Parts of the denoiser that are copied, of intra_patch, down_path and middle.
         enters: Where the condition enters, of latent, init_conv and tokens.
@@ -353,8 +353,8 @@ class ControlNetTraining(DiffusionTraining):
         for name in ("measurements", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ControlNetTraining: {name} must be at least 1, got {getattr(self, name)}")
-        if self.task == "masks" and (self.encoder == "latent" or self.measurements != 1):
-            raise ValueError("ControlNetTraining: masks have no measurements, and need encoder convolutional")
+        if self.task == "masks" and self.measurements != 1:
+            raise ValueError("ControlNetTraining: masks have no measurements")
 
     @property
     def task_config(self) -> TaskConfig:

@@ -9,7 +9,7 @@ import torch
 
 from meddiff.config import PRESETS, FastMRIConfig, MasksConfig
 from meddiff.models import PatchVolumeAutoencoder
-from meddiff.tasks import is_measured, network_input, one_hot
+from meddiff.tasks import is_measured, network_input, one_hot, paint
 from meddiff.tasks.masks import classify
 
 TISSUES = MasksConfig()
@@ -93,4 +93,13 @@ def test_what_the_network_takes():
     assert torch.equal(network_input(image, FastMRIConfig(), "convolutional", autoencoder)[0, 0], image)
     labels = torch.randint(0, 4, (8, 8, 8))
     assert torch.equal(network_input(labels, TISSUES, "convolutional", autoencoder)[0], one_hot(labels, TISSUES))
+    painted = paint(labels, TISSUES)
+    torch.testing.assert_close(painted.unique(), torch.tensor([-1, -1 / 3, 1 / 3, 1]))
+    assert (
+        all(painted[labels == tissue].unique().numel() == 1 for tissue in range(4)) and painted[labels == 3].min() == 1
+    )
+    of_mask, of_image = (
+        network_input(x, t, "latent", autoencoder) for x, t in ((labels, TISSUES), (painted, FastMRIConfig()))
+    )
+    assert torch.equal(of_mask, of_image)
     assert is_measured(FastMRIConfig()) and not is_measured(TISSUES)

@@ -18,7 +18,7 @@ from meddiff.config import ANATOMIES, PRESETS, FastMRIConfig, MasksConfig, Sched
 from meddiff.models import BiFlowNet, ControlNet, PatchVolumeAutoencoder
 from meddiff.resources import default_dtype
 from meddiff.tasks import measure, network_input, reconstruct
-from meddiff.training.controlnet import PairDataset, train_controlnet
+from meddiff.training.controlnet import PairDataset, preparation_input, train_controlnet
 from meddiff.training.data import draw_seed, list_volumes, preparation
 from meddiff.training.options import ControlNetTraining
 from meddiff.volume import VolumeError
@@ -133,6 +133,21 @@ def test_masks_know_their_tissues_and_their_brightness(options):
     assert [path.name for path in (Path(options.out) / "previews").iterdir()] == ["step-00000030.png"]
 
 
+def test_masks_can_be_painted_and_encoded_as_images_are(options, base):
+    options = replace(options, task="masks", encoder="latent", steps=1, preview_every=1, preview_steps=2)
+    loaded = load_controlnet(train_controlnet(options))
+    assert loaded.network.control_config.encoder == "latent" and loaded.network.control_config.channels == 8
+    assert loaded.task.means == pytest.approx((-1, -0.4, 0.2, 0.8), abs=1e-5)
+    listed = list_volumes(options.data)[0]
+    x = preparation(None, True)(preparation_input(listed, True))["label"][0]
+    padded = torch.zeros(64, 64, 64, dtype=torch.long)
+    padded[7:57, 2:62, :] = x
+    autoencoder = load_model(base).autoencoder.to(default_dtype(torch.device("cpu")))
+    (latent,) = network_input(padded, loaded.task, "latent", autoencoder)
+    data = PairDataset(Path(options.out) / "cache" / "pairs", 8)
+    assert min((condition - latent).abs().max() for condition in data.conditions) < 1e-5
+
+
 def test_pairs_are_made_once_and_anew_for_another_task(options, monkeypatch):
     calls = []
     encode = PatchVolumeAutoencoder.encode
@@ -185,7 +200,6 @@ def test_volumes_without_masks_and_masks_that_do_not_fit(options, data, tmp_path
 
 def test_options_that_do_not_go_together(options):
     for changes, message in [
-        ({"task": "masks", "encoder": "latent"}, "need encoder convolutional"),
         ({"task": "masks", "measurements": 2}, "no measurements"),
         ({"measurements": 0}, "measurements must be at least 1"),
     ]:
