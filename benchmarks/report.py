@@ -31,6 +31,12 @@ _TASKS = {  # file of a ControlNet's evaluation → its name, what its samples a
         "condition_",
         {"psnr": "PSNR, dB", "ssim": "SSIM"},
     ),
+    "task_masks.json": (
+        "demo-mask",
+        "the true image",
+        "original_",
+        {"dice_white_matter": "Dice of white matter", "dice_grey_matter": "Dice of grey matter"},
+    ),
 }
 _JOBS = ("biflownet_step", "joint_decode", "sample_512")
 _DISTANCES = {"latent, RMSE": "{:.4f}", "volume, RMSE": "{:.4f}", "volume, PSNR in dB": "{:.1f}"}

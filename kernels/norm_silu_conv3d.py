@@ -5,8 +5,8 @@ numbers per sample and channel: scale = weight / âˆš(var + eps), shift = bias âˆ
 SiLU, where the volume ends. The statistics of what is written are those that the next norm needs. On the CPU the
 convolution is oneDNN's, on a scratch tile, and C++ fills that tile and empties it. On a GPU it is csrc/conv3d_march.h;
 where that is not built, CUDA tensors take the plain PyTorch code. For compute capability 9.0 there is
-csrc/conv3d_wgmma.h as well; until it has been timed, nothing but the private operator _norm_silu_conv3d_wgmma, which has
-the same arguments, goes there.
+csrc/conv3d_wgmma.h as well; until it has been timed, nothing but the private operator _norm_silu_conv3d_wgmma, which
+has the same arguments, goes there.
 """
 
 from __future__ import annotations

@@ -63,7 +63,11 @@ COMPONENTS: dict[str, tuple[type[ComponentConfig], Callable[[Any], nn.Module]]] 
     "denoiser": (DenoiserConfig, BiFlowNet),
 }
 _DEMO = Path(__file__).parent / "demo"
-SHIPPED = {"demo": _DEMO, "demo-fast-mri": _DEMO / "controlnets" / "fast_mri"}
+SHIPPED = {
+    "demo": _DEMO,
+    "demo-fast-mri": _DEMO / "controlnets" / "fast_mri",
+    "demo-mask": _DEMO / "controlnets" / "mask",
+}
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 _EXTRA_FILES = ("conversion.json",)
 _STORED_DTYPES = ("F32", "BF16", "F16")

@@ -43,7 +43,7 @@ def test_it_is_small_and_has_a_card():
     weights = [path for path in DEMO.rglob("*.safetensors") if "controlnets" not in path.parts]
     assert sum(path.stat().st_size for path in weights) <= 12_000_000
     controls = list((DEMO / "controlnets").rglob("*.safetensors"))
-    assert len(controls) == 1 and sum(path.stat().st_size for path in controls) <= 6_000_000
+    assert len(controls) == 2 and sum(path.stat().st_size for path in controls) <= 6_000_000
     assert "not a medical model" in (DEMO / "README.md").read_text()
     assert {path.name for path in DEMO.rglob("*") if path.is_file()} == {
         "README.md",
@@ -55,6 +55,7 @@ def test_it_is_small_and_has_a_card():
         "preview.png",
         "samples.png",
         "task_fast_mri.json",
+        "task_masks.json",
     }
 
 
@@ -117,16 +118,22 @@ def test_it_generates_different_volumes_of_its_kind(tmp_path, template, capsys):
 
 
 @pytest.fixture(scope="module")
-def unseen(tmp_path_factory):
-    """A T1 brain that no training saw."""
+def brains(tmp_path_factory):
+    """Folder of two T1 brains that no training saw, with their tissues."""
     pytest.importorskip("nilearn")
     from meddiff.training.options import PopulationOptions
     from meddiff.training.population import make_population
 
     folder = tmp_path_factory.mktemp("unseen")
     kind = {"sizes": (SIZE,), "spacings": (SPACING,), "displacement": 1.5, "affine": 0.3}
-    make_population(PopulationOptions(out=str(folder), subjects=1, seed=7, anatomies=("mr_t1_brain",), **kind))
-    return folder / "0000_mr_t1_brain.nii.gz"
+    anatomies = ("mr_t1_brain",)
+    make_population(PopulationOptions(out=str(folder), subjects=2, seed=7, anatomies=anatomies, labels=True, **kind))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unseen(brains):
+    return brains / "0000_mr_t1_brain.nii.gz"
 
 
 def test_few_lines_of_k_space_become_a_better_image(tmp_path, unseen, capsys):
@@ -138,3 +145,18 @@ def test_few_lines_of_k_space_become_a_better_image(tmp_path, unseen, capsys):
     filled = meddiff.pipelines.Condition.load(measured, task).values.permute(1, 2, 0).numpy()
     truth = nib.load(unseen).get_fdata()
     assert similarity(nib.load(out).get_fdata(), truth)["psnr"] >= similarity(500 * (filled + 1), truth)["psnr"] + 2
+
+
+def test_a_mask_becomes_a_brain_with_its_tissues(tmp_path, brains, capsys):
+    from meddiff.training.task_evaluation import tissue_dice
+
+    out, steer = tmp_path / "a.nii.gz", ("--control", "demo-mask", "--condition", str(brains / "0000_labels.nii.gz"))
+    assert main(["generate", "--out", str(out), *steer, "--steps", "10"]) == 0
+    task = load_controlnet("demo-mask").task
+    x = torch.from_numpy(nib.load(out).get_fdata(dtype=np.float32)) / 500 - 1
+    own, other = (
+        tissue_dice(x, torch.from_numpy(nib.load(brains / f"{name}_labels.nii.gz").get_fdata()).long(), task, "")
+        for name in ("0000", "0001")
+    )
+    assert own["white_matter"] >= 0.7
+    assert all(own[tissue] > other[tissue] + 0.03 for tissue in ("white_matter", "grey_matter"))

@@ -51,6 +51,17 @@ class NoiseSchedule(nn.Module):
         u = torch.rand(count, device=self.betas.device)
         return (self.timesteps * u ** (1 / (1 + bias))).long().clamp(max=self.timesteps - 1)
 
+    def snr_weights(self, t: Tensor, gamma: float | None) -> Tensor | None:
+        """Weights [B] of an L1 distance to the noise, √(min(SNR, gamma)/SNR), for integer t [B]; None without gamma.
+
+        So the distance is that of the clean latents, but for what is nothing but noise. Hang et al. 2023 ("min-SNR"),
+        who square the distance.
+        """
+        if gamma is None:
+            return None
+        snr = (self.sqrt_alphas_cumprod[t] / self.sqrt_one_minus_alphas_cumprod[t]).square()
+        return (gamma / snr).clamp(max=1).sqrt()
+
     def add_noise(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """Draw from q(x_t | x_0). x0 and noise [B, C, D, H, W], t integer [B]."""
         return _at(self.sqrt_alphas_cumprod, t) * x0 + _at(self.sqrt_one_minus_alphas_cumprod, t) * noise

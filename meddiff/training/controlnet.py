@@ -62,7 +62,11 @@ def train_controlnet(options: ControlNetTraining) -> Path:
     network = ControlNet.from_denoiser(denoiser, _network_config(options, base))
     schedule = NoiseSchedule(base.schedule).to(device)
     average = MovingAverage(network, options.ema_decay, options.ema_every, options.ema_start).to(device)
-    adam = torch.optim.Adam(network.parameters(), options.learning_rate)
+    groups: dict[float, list[Tensor]] = {1.0: [], options.zero_conv_rate: []}
+    for name, parameter in network.named_parameters():
+        groups[options.zero_conv_rate if name.startswith(("entries.", "exits.")) else 1.0].append(parameter)
+    groups = [{"params": parameters, "rate": rate} for rate, parameters in groups.items()]
+    adam = torch.optim.Adam(groups, options.learning_rate)
     model, optimizer = run.prepare(network, adam)
     accelerator.register_for_checkpointing(average)
     start = run.resume()
@@ -78,7 +82,7 @@ def train_controlnet(options: ControlNetTraining) -> Path:
         with accelerator.autocast():
             steer = partial(model, condition=condition)
             estimate = denoiser(schedule.add_noise(x0, t, noise), t, y, resolution, steer)
-        loss = noise_loss(estimate, noise, options.loss_scales)
+        loss = noise_loss(estimate, noise, options.loss_scales, schedule.snr_weights(t, options.snr_gamma))
         run.descend(loss, model, optimizer)
         average.update(accelerator.unwrap_model(model), step)
         run.log(step, loss=loss)

@@ -57,7 +57,7 @@ def train_denoiser(options: DenoiserTraining) -> Path:
         resolution = x0.new_tensor(x0.shape[2:]) / RESOLUTION_UNIT
         with accelerator.autocast():
             estimate = model(schedule.add_noise(x0, t, noise), t, y, resolution)
-        loss = noise_loss(estimate, noise, options.loss_scales)
+        loss = noise_loss(estimate, noise, options.loss_scales, schedule.snr_weights(t, options.snr_gamma))
         run.descend(loss, model, optimizer)
         average.update(accelerator.unwrap_model(model), step)
         run.log(step, loss=loss)

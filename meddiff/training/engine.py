@@ -102,7 +102,8 @@ class TrainingRun:
         return iter(DataLoader(data, batch_sampler=draws, num_workers=o.workers))
 
     def steps(self, start: int, *optimizers: torch.optim.Optimizer) -> Iterator[int]:
-        """The steps from `start`, each with its learning rate and its own seed for all that is random.
+        """The steps from `start`, each with its own seed for all that is random, and with its learning rate, which is
+        multiplied by a parameter group's `rate`.
 
         Saves after those that ask for it.
         """
@@ -112,7 +113,7 @@ class TrainingRun:
             set_seed(draw_seed(self.options.seed, step, a.process_index))
             for optimizer in optimizers:
                 for group in optimizer.param_groups:
-                    group["lr"] = self.options.learning_rate_at(step)
+                    group["lr"] = group.get("rate", 1.0) * self.options.learning_rate_at(step)
             yield step
             if (step + 1) % self.options.save_every == 0 or step + 1 == self.end:
                 self.save(step + 1)

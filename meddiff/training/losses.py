@@ -14,14 +14,18 @@ _COMMITMENT = 0.25
 _SLICES = 0.2  # share of the slices that a 2D perceptual network sees
 
 
-def noise_loss(estimate: Tensor, noise: Tensor, scales: int = 1) -> Tensor:
+def noise_loss(estimate: Tensor, noise: Tensor, scales: int = 1, weight: Tensor | None = None) -> Tensor:
     """L1 distance of the noise [B, C, d, h, w] and its estimate; with `scales`, the sum of those at several scales.
+
+    weight: of each sample, [B].
 
     From one scale to the next the difference is averaged over pairs along each axis, until there is one number per
     channel. So what is wrong on average over a region counts beside what is wrong at random. Hoogeboom et al. 2023
     ("simple diffusion", section 3.2) do so with squared differences, and weigh the scales.
     """
     error = estimate.float() - noise
+    if weight is not None:
+        error = error * weight[:, None, None, None, None]
     loss = error.abs().mean()
     for _ in range(scales - 1):
         kernel = [min(2, n) for n in error.shape[2:]]

@@ -270,6 +270,8 @@ class DiffusionTraining(RunOptions):
             more helps a small network to learn what is the same in all volumes, which shows in much noise alone.
         loss_scales: Scales at which noise and estimate are compared, each half as fine as the one before. 1 is
             published; with more, brightness and coarse shape are learned earlier.
+        snr_gamma: Signal-to-noise ratio above which samples weigh less, so that the loss is about the clean latent
+            (min-SNR weighting); by default all weigh alike, as published.
         ema_decay: Share of the old moving average in the new one.
         ema_every: Steps between updates of the moving average.
         ema_start: Steps during which it is a plain copy.
@@ -279,6 +281,7 @@ class DiffusionTraining(RunOptions):
 
     timestep_bias: float = 0.0
     loss_scales: int = 1
+    snr_gamma: float | None = None
     ema_decay: float = 0.995
     ema_every: int = 10
     ema_start: int = 2000
@@ -291,6 +294,8 @@ class DiffusionTraining(RunOptions):
             raise ValueError(f"{type(self).__name__}: timestep_bias must not be negative, got {self.timestep_bias}")
         if self.loss_scales < 1:
             raise ValueError(f"{type(self).__name__}: loss_scales must be at least 1, got {self.loss_scales}")
+        if self.snr_gamma is not None and not self.snr_gamma > 0:
+            raise ValueError(f"{type(self).__name__}: snr_gamma must be positive, got {self.snr_gamma}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -329,6 +334,8 @@ class ControlNetTraining(DiffusionTraining):
         encoder: Of the condition, latent (the autoencoder's; of a mask it is given an image with an intensity for each
             tissue, in their order) or convolutional (voxels); by default convolutional for masks and latent for images.
         width: Channels of the convolutional encoder's first layer; each of the others has twice as many.
+        zero_conv_rate: Learning rate of the zero convolutions, as a multiple of the others'. Those where the condition
+            enters learn through those where it leaves, and the other way round, and both begin with nothing.
         copied: Parts of the denoiser that are copied, of intra_patch, down_path and middle.
         enters: Where the condition enters, of latent, init_conv and tokens.
     """
@@ -345,6 +352,7 @@ class ControlNetTraining(DiffusionTraining):
     on_bad: Literal["fail", "skip"] = "fail"
     encoder: Literal["latent", "convolutional"] | None = None
     width: int = 16
+    zero_conv_rate: float = 1.0
     copied: tuple[str, ...] = ("intra_patch", "down_path", "middle")
     enters: tuple[str, ...] = ("init_conv", "tokens")
 
@@ -353,6 +361,8 @@ class ControlNetTraining(DiffusionTraining):
         for name in ("measurements", "width"):
             if getattr(self, name) < 1:
                 raise ValueError(f"ControlNetTraining: {name} must be at least 1, got {getattr(self, name)}")
+        if not self.zero_conv_rate > 0:
+            raise ValueError(f"ControlNetTraining: zero_conv_rate must be positive, got {self.zero_conv_rate}")
         if self.task == "masks" and self.measurements != 1:
             raise ValueError("ControlNetTraining: masks have no measurements")
 

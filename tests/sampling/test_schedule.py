@@ -53,3 +53,15 @@ def test_timesteps_are_drawn_with_a_density_that_grows_as_their_power(schedule, 
     for share in (0.25, 0.5, 0.9):
         below = (t < share * schedule.timesteps).double().mean().item()
         assert below == pytest.approx(share ** (1 + bias), abs=0.005)
+
+
+def test_min_snr_weights_make_the_distance_that_of_the_clean_latents():
+    schedule, gamma = NoiseSchedule(), 0.25
+    t = torch.tensor([0, 300, 600, 900, 999])
+    weights = schedule.snr_weights(t, gamma)
+    signal, noise = schedule.sqrt_alphas_cumprod[t], schedule.sqrt_one_minus_alphas_cumprod[t]
+    clean = noise / signal  # what an error of 1 in the noise does to the clean latent
+    few = (signal / noise).square() < gamma
+    assert few.tolist() == [False, False, False, True, True]
+    torch.testing.assert_close(weights, torch.where(few, torch.ones(5), 0.5 * clean))
+    assert schedule.snr_weights(t, None) is None

@@ -71,6 +71,7 @@ def statistics(out: str) -> list[dict]:
 
 
 def test_a_killed_run_goes_on_with_the_same_losses(options, tmp_path, killed_at):
+    options = replace(options, zero_conv_rate=2.0, snr_gamma=0.05)
     whole = load_file(train_controlnet(options) / "model.safetensors")
     interrupted = replace(options, out=str(tmp_path / "interrupted"))
     killed_at(2, train_controlnet, interrupted)
@@ -119,6 +120,15 @@ def test_the_pairs_of_fast_mri_are_measurements_of_the_padded_volumes(options, b
     assert (wanted[0] - wanted[1]).abs().max() > 0.01
     for latent in wanted:
         assert min((condition - latent).abs().max() for condition in data.conditions) < 1e-5
+
+
+def test_zero_convolutions_may_learn_faster(options, base):
+    folder = train_controlnet(replace(options, steps=2, learning_rate=1e-4, zero_conv_rate=10.0, ema_every=1))
+    network = load_controlnet(folder).network
+    start = ControlNet.from_denoiser(load_model(base).denoiser, network.control_config).state_dict()
+    moved = {key: (value - start[key]).abs().max().item() for key, value in network.state_dict().items()}
+    assert max(moved[key] for key in moved if key.startswith("exits")) > 1e-3
+    assert 0 < max(moved[key] for key in moved if not key.startswith(("exits", "entries"))) < 2.1e-4
 
 
 def test_masks_know_their_tissues_and_their_brightness(options):
@@ -202,6 +212,8 @@ def test_options_that_do_not_go_together(options):
     for changes, message in [
         ({"task": "masks", "measurements": 2}, "no measurements"),
         ({"measurements": 0}, "measurements must be at least 1"),
+        ({"zero_conv_rate": 0}, "zero_conv_rate must be positive"),
+        ({"snr_gamma": 0}, "snr_gamma must be positive"),
     ]:
         with pytest.raises(ValueError, match=message):
             replace(options, **changes)

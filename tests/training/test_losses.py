@@ -47,6 +47,12 @@ def test_noise_at_several_scales_weighs_what_is_wrong_over_a_region():
     assert torch.allclose(estimate.grad, torch.full_like(estimate, -2 / 8))
 
 
+def test_noise_of_each_sample_has_its_weight():
+    noise = torch.zeros(2, 1, 4, 4, 2)
+    estimate = torch.stack([noise[0] + 1, noise[1] - 3])
+    assert noise_loss(estimate, noise, 2, torch.tensor([0.5, 2.0])) == 2 * (0.5 * 1 + 2 * 3) / 2
+
+
 def test_hinge_and_adversarial():
     real, fake = torch.tensor([2.0, 0.5]), torch.tensor([-3.0, 0.5])
     assert hinge_loss(real, fake).item() == pytest.approx(0.25 + 0.75)
