@@ -134,7 +134,7 @@ def check_triton_backward(tensors: dict[str, Tensor], dr: Tensor, dy: Tensor) ->
         wanted = torch.ops.meddiff._adaln_backward(*arguments)
         for got, exact in zip(triton_backward(*arguments), wanted, strict=True):
             assert got.dtype == exact.dtype
-            assert_near(got, exact, x.dtype, factor=2)
+            assert_near(got, exact, got.dtype, factor=2)
 
 
 def layouts(x: Tensor) -> dict[str, Tensor]:
