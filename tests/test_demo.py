@@ -161,4 +161,4 @@ def test_a_mask_becomes_a_brain_with_its_tissues(tmp_path, brains, capsys):
     own, other = tissues(out, "0000_labels.nii.gz"), tissues(out, "0001_labels.nii.gz")
     reached = tissues(brains / "0000_mr_t1_brain.nii.gz", "0000_labels.nii.gz")  # by the true image
     for tissue in ("white_matter", "grey_matter"):
-        assert own[tissue] >= 0.9 * reached[tissue] and own[tissue] > other[tissue] + 0.02
+        assert own[tissue] >= 0.85 * reached[tissue] and own[tissue] > other[tissue] + 0.02
