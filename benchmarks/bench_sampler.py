@@ -59,7 +59,7 @@ def main() -> None:
     ) -> tuple[list[Tensor], list[Tensor], list[Stage]]:
         """Latents and volumes of the seeds, and what sampling and decoding each of them took."""
         latents, volumes, meter = [], [], StageMeter(arguments.device)
-        options = {"solver": solver, "steps": steps, "eta": 0.0, "timestep_spacing": timestep_spacing}
+        options = {"solver": solver, "steps": steps, "eta": 0.0, "timestep_spacing": timestep_spacing, "t_end": 0}
         for seed in range(arguments.seeds):
             with meter.stage("sample"):
                 latents.append(model.sample(size, target.class_index, seed=seed, **options))

@@ -292,6 +292,7 @@ class ScheduleConfig(_JsonConfig):
     steps: int | None = None  # None is the solver's own default
     eta: float = 0.0  # share of fresh noise in ddim
     timestep_spacing: str = "linspace"
+    t_end: int = 0  # timestep from which the sampler goes to its estimate of the clean latent
 
     def __post_init__(self) -> None:
         _require_positive_integers(self, "timesteps", *(() if self.steps is None else ("steps",)))
@@ -302,13 +303,18 @@ class ScheduleConfig(_JsonConfig):
             type(self.eta) in (int, float) and 0 <= self.eta <= 1 and (self.eta == 0 or self.solver == "ddim"),
             f"ScheduleConfig: eta must lie in [0, 1] and belongs to ddim, got {self.eta!r} with {self.solver}",
         )
-        least = self.timesteps if self.solver == "ddpm" else 1
-        most = self.timesteps - (self.solver == "dpmsolver++")
+        _require(self.timesteps >= 2, f"ScheduleConfig: timesteps must be at least 2, got {self.timesteps}")
+        _require(
+            type(self.t_end) is int and 0 <= self.t_end <= self.timesteps - 2,
+            f"ScheduleConfig: t_end must be an integer in [0, {self.timesteps - 2}], got {self.t_end!r}",
+        )
+        visited = self.timesteps - self.t_end
+        least = visited if self.solver == "ddpm" else 1
+        most = visited - (self.solver == "dpmsolver++")
         _require(
             self.steps is None or least <= self.steps <= most,
             f"ScheduleConfig: steps of {self.solver} must lie in [{least}, {most}], got {self.steps}",
         )
-        _require(self.timesteps >= 2, f"ScheduleConfig: timesteps must be at least 2, got {self.timesteps}")
         _require(
             isinstance(self.s, (int, float)) and 0 < self.s < 1, f"ScheduleConfig: s must lie in (0, 1), got {self.s!r}"
         )

@@ -28,7 +28,7 @@ def test_configurations_survive_json(preset):
 
 
 def test_a_schedule_survives_json_with_and_without_how_it_is_sampled():
-    schedule = ScheduleConfig(timesteps=40, steps=9, eta=1, timestep_spacing="leading")
+    schedule = ScheduleConfig(timesteps=40, steps=9, eta=1, timestep_spacing="leading", t_end=10)
     assert ScheduleConfig.from_dict(json.loads(json.dumps(schedule.to_dict()))) == schedule
     assert ScheduleConfig.from_dict({"timesteps": 1000, "s": 0.008}) == ScheduleConfig()
 
@@ -73,6 +73,9 @@ def test_widths():
         (lambda: ScheduleConfig(timesteps=20, steps=21), r"steps of ddim must lie in \[1, 20\]"),
         (lambda: ScheduleConfig(solver="dpmsolver++", steps=1000), r"\[1, 999\]"),
         (lambda: ScheduleConfig(timestep_spacing="karras"), "linspace, leading, trailing"),
+        (lambda: ScheduleConfig(t_end=999), r"t_end must be an integer in \[0, 998\]"),
+        (lambda: ScheduleConfig(t_end=0.5), "t_end must be an integer"),
+        (lambda: ScheduleConfig(steps=700, t_end=500), r"steps of ddim must lie in \[1, 500\]"),
         (lambda: ModelConfig(denoiser=DenoiserConfig(channels=4)), "must be equal"),
     ],
 )

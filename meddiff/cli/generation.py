@@ -36,6 +36,7 @@ def generate(
     eta: float | None = None,
     order: Literal[1, 2] | None = None,
     timestep_spacing: Literal["linspace", "leading", "trailing"] | None = None,
+    t_end: int | None = None,
     seed: int = 0,
     count: PositiveInt | None = None,
     list: str | None = None,
@@ -69,6 +70,7 @@ def generate(
         order: Of dpmsolver++, by default 2.
         timestep_spacing: How the steps of ddim and dpmsolver++ are spread, by the names that diffusers gives them; by
             default the model's with its own solver, else linspace.
+        t_end: Timestep from which the last step goes to the clean volume; by default the model's, mostly 0.
         seed: The same seed gives the same volume. With count, that of the first volume; each other has the next one.
         count: How many volumes to generate.
         list: CSV file of volumes, with any of the columns anatomy, size, spacing, seed and file (its name).
@@ -117,7 +119,7 @@ def generate(
     loaded = load_model(model, untrained, _of_process(device, local, world), dtype, budget)
     if decode_device is not None:
         loaded.decode_on(decode_device)
-    options = dict(solver=solver, steps=steps, eta=eta, order=order, timestep_spacing=timestep_spacing)
+    options = dict(solver=solver, steps=steps, eta=eta, order=order, timestep_spacing=timestep_spacing, t_end=t_end)
 
     if many:
         if list is None:

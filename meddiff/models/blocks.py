@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from meddiff.kernels.group_norm_silu import group_norm_silu
 from meddiff.kernels.norm_silu_conv3d import conv3d
 
-_LEAST = 2**15  # numbers; PyTorch unfolds fewer in float32, which rounds less than oneDNN does
+_LEAST = 2**16  # numbers; PyTorch unfolds fewer in float32, which rounds less than oneDNN does
 
 
 class _ChannelsLast:

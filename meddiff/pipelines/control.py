@@ -187,7 +187,7 @@ def generate_controlled(
         seed: the same seed gives the same volume.
         consistency: impose what was measured on each step's clean volume and on the result, where there are
             measurements.
-        options: solver, steps, eta, order and timestep_spacing, as for `MedDiffusion.generate`.
+        options: solver, steps, eta, order, timestep_spacing and t_end, as for `MedDiffusion.generate`.
 
     Returns:
         The volume, with the affine of the conditions and the units of the first one that has any, else as

@@ -81,7 +81,7 @@ def generate_volumes(
             than the denoiser. Files are written in that thread in any case.
         force: begin even if the estimate for one volume is hours.
         report: is told what was planned, made and left out, in lines.
-        options: solver, steps, eta, order, timestep_spacing, as for `MedDiffusion.generate`.
+        options: solver, steps, eta, order, timestep_spacing, t_end, as for `MedDiffusion.generate`.
 
     Returns:
         The outcome. Whatever keeps one volume from being made is in it and does not stop the others.
@@ -248,8 +248,9 @@ class _Manifest:
         new = [job for job in self.jobs if job.file not in self.lines and _is_finished(self.folder, job)]
         for job in new:
             record = json.loads((self.folder / job.record).read_text(encoding="utf-8"))
-            kept = ("class", "solver", "steps", "eta", "order", "timestep_spacing", "dtype", "device", "created")
-            line = job.to_dict() | {name: record[name] for name in kept} | {"model": record["model"]["sha256"]}
+            sampling = ("solver", "steps", "eta", "order", "timestep_spacing", "t_end")
+            kept = {name: record[name] for name in ("class", *sampling, "dtype", "device", "created")}
+            line = job.to_dict() | kept | {"model": record["model"]["sha256"]}
             self.lines[job.file] = json.dumps(line, ensure_ascii=False) + "\n"
         if new:
             lines = (self.lines[job.file] for job in self.jobs if job.file in self.lines)

@@ -153,7 +153,7 @@ class MedDiffusion:
         Args:
             noise: the start [B, 8, d, h, w], or the latent's size (d, h, w) to draw it from the seed.
             y: class, or classes [B].
-            options: solver, steps, eta, order, timestep_spacing and seed.
+            options: solver, steps, eta, order, timestep_spacing, t_end and seed.
         """
         return self.sampler.sample(noise, torch.as_tensor(y).reshape(-1), progress=True, **options)
 
@@ -177,7 +177,7 @@ class MedDiffusion:
         Args:
             anatomy, size, spacing: as for `target`.
             seed: the same seed gives the same volume.
-            options: solver, steps, eta, order and timestep_spacing, as for `meddiff.sampling.Sampler.sample`.
+            options: solver, steps, eta, order, timestep_spacing and t_end, as for `meddiff.sampling.Sampler.sample`.
 
         Returns:
             The volume in Hounsfield units (CT) or in 0…1000 (MR). `volume.record` says how it came about: seed, solver,
@@ -274,7 +274,8 @@ class MedDiffusion:
     def settings(self, **options: Any) -> dict[str, Any]:
         """How volumes are made, as JSON types, with all that was left open filled in. ValueError for a wrong option."""
         asked = resolve_sampling(self.schedule.config, **options)
-        timesteps = solver_timesteps(self.schedule, asked["solver"], asked["steps"], asked["timestep_spacing"])
+        which = (asked[name] for name in ("solver", "steps", "timestep_spacing", "t_end"))
+        timesteps = solver_timesteps(self.schedule, *which)
         return {
             **asked,
             "steps": len(timesteps),

@@ -23,7 +23,7 @@ from meddiff.progress import progress as bar
 from meddiff.resources import on_device
 from meddiff.sampling.graph import WARM_UPS, Graph, capture
 from meddiff.sampling.schedule import NoiseSchedule
-from meddiff.sampling.solvers import SOLVERS
+from meddiff.sampling.solvers import SOLVERS, end_at_clean
 
 _B, _C_0, _C_EPS = (COEFFICIENTS.index(name) for name in ("b", "c_0", "c_eps"))
 RESOLUTION_UNIT = 64  # latent elements per unit of the resolution condition, for every downsampling factor
@@ -31,13 +31,14 @@ _STAGED = 2  # steps whose noise is on its way to a GPU
 
 
 def solver_timesteps(
-    schedule: NoiseSchedule, solver: str, steps: int | None = None, timestep_spacing: str = "linspace"
+    schedule: NoiseSchedule, solver: str, steps: int | None = None, timestep_spacing: str = "linspace", t_end: int = 0
 ) -> list[int]:
     """The timesteps that a solver visits, in order. `steps` None is 50 for ddim, 20 for dpmsolver++, all for ddpm.
 
-    `timestep_spacing` is "linspace", "leading" or "trailing", as in diffusers (Lin et al. 2024, table 2).
+    `timestep_spacing` is "linspace", "leading" or "trailing", as in diffusers (Lin et al. 2024, table 2). None of the
+    timesteps is below `t_end`: they are those of a schedule that ends there.
 
-    Raises ValueError for an unknown solver or spacing, or a number of steps that the solver cannot take.
+    Raises ValueError for an unknown solver or spacing, or a t_end or number of steps that the solver cannot take.
     """
     _require_known(solver)
     if timestep_spacing not in TIMESTEP_SPACINGS:
@@ -45,8 +46,11 @@ def solver_timesteps(
             f"sample: unknown timestep_spacing {timestep_spacing!r}; known are {', '.join(TIMESTEP_SPACINGS)}"
         )
     kind = SOLVERS[solver]
-    steps = kind.default_steps(schedule.timesteps) if steps is None else steps
-    return kind.timesteps(schedule.timesteps, steps, timestep_spacing)
+    if not 0 <= t_end <= schedule.timesteps - 2:
+        raise ValueError(f"sample: t_end must lie in [0, {schedule.timesteps - 2}], got {t_end}")
+    visited = schedule.timesteps - t_end
+    steps = kind.default_steps(visited) if steps is None else steps
+    return [t_end + t for t in kind.timesteps(visited, steps, timestep_spacing)]
 
 
 def _require_known(solver: str) -> None:
@@ -61,13 +65,14 @@ def resolve_sampling(
     eta: float | None = None,
     order: int | None = None,
     timestep_spacing: str | None = None,
+    t_end: int | None = None,
 ) -> dict[str, Any]:
     """All options of a sampler; `steps` None is the solver's own default.
 
     What is None is the configuration's, where the solver is; with another solver, its own number of steps, eta 0 and
-    linspace. An order of None is the solver's highest.
+    linspace, but the configuration's t_end. An order of None is the solver's highest.
 
-    Raises ValueError for an unknown solver, or an order or eta that it lacks; `solver_timesteps` for steps and spacing.
+    Raises ValueError for an unknown solver, or an order or eta that it lacks; `solver_timesteps` for the rest.
     """
     solver = config.solver if solver is None else solver
     _require_known(solver)
@@ -85,6 +90,7 @@ def resolve_sampling(
         "eta": eta,
         "order": highest if order is None else order,
         "timestep_spacing": default.timestep_spacing if timestep_spacing is None else timestep_spacing,
+        "t_end": config.t_end if t_end is None else t_end,
     }
 
 
@@ -241,6 +247,7 @@ class Sampler:
         eta: float | None = None,
         order: int | None = None,
         timestep_spacing: str | None = None,
+        t_end: int | None = None,
         seed: int | Sequence[int] = 0,
         correct_x0: Callable[[Tensor, int], Tensor] | None = None,
         progress: bool = False,
@@ -257,6 +264,8 @@ class Sampler:
             eta: DDIM's share of fresh noise, 0 (deterministic) to 1.
             order: of dpmsolver++, 1 or 2; None is 2.
             timestep_spacing: as in `solver_timesteps`.
+            t_end: timestep from which the last step goes to the estimate of the clean latent. Above 0 that is the mean
+                of what it could be: fine detail of which a network knows little is left out, and not drawn at random.
             seed: of the start and of the noise in between; sample b has `seed + b` unless one is given per sample.
             correct_x0: replaces each step's estimate of the clean latent, float32 [B, C, D, H, W] in [-1, 1], given
                 with its timestep, by one of the same shape: data consistency. The step goes on with the noise that this
@@ -267,13 +276,13 @@ class Sampler:
             Float32 [B, C, D, H, W] on the denoiser's device. A sample does not depend on the others of its batch.
 
         Raises:
-            ValueError: for an unknown solver, or steps, eta, order, spacing, seed or shapes that do not fit.
+            ValueError: for an unknown solver, or steps, eta, order, spacing, t_end, seed or shapes that do not fit.
             FloatingPointError: if an estimate is not finite; the message names the step. On a GPU it comes at the end.
         """
         denoiser, schedule = self.denoiser, self.schedule
-        asked = resolve_sampling(schedule.config, solver, steps, eta, order, timestep_spacing)
+        asked = resolve_sampling(schedule.config, solver, steps, eta, order, timestep_spacing, t_end)
         solver, eta, order = asked["solver"], asked["eta"], asked["order"]
-        timesteps = solver_timesteps(schedule, solver, asked["steps"], asked["timestep_spacing"])
+        timesteps = solver_timesteps(schedule, solver, asked["steps"], asked["timestep_spacing"], asked["t_end"])
         if y.ndim != 1 or y.is_floating_point():
             raise ValueError(f"sample: y must be integer [B], got {y.dtype} {tuple(y.shape)}")
         if y.numel() and not 0 <= int(y.min()) <= int(y.max()) < denoiser.config.num_classes:
@@ -290,6 +299,7 @@ class Sampler:
                 f"sample: noise must be [{batch}, {denoiser.config.channels}, D, H, W], got {tuple(start.shape)}"
             )
         table = SOLVERS[solver].table(schedule, timesteps, eta, order)
+        table = end_at_clean(table) if asked["t_end"] else table
 
         with on_device(denoiser.device):
             loop = self._loop(start.shape, solver == "ddpm" or eta > 0, order > 1 or correct_x0 is not None)

@@ -112,6 +112,14 @@ def dpmsolver_table(schedule: NoiseSchedule, timesteps: Sequence[int], eta: floa
     )
 
 
+def end_at_clean(table: Tensor) -> Tensor:
+    """A solver's table whose last step goes to x0, the network's estimate of the clean latent, from wherever it is."""
+    table = table.clone()
+    table[-1, 2:] = 0
+    table[-1, COEFFICIENTS.index("c_0")] = 1
+    return table
+
+
 def _table(signal: Tensor, **columns: Tensor) -> Tensor:
     """Columns that are not given are 0; a and b follow from ᾱ."""
     columns |= {"a": signal.rsqrt(), "b": -(1 / signal - 1).sqrt()}

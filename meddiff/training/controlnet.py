@@ -252,7 +252,11 @@ def _preview(
     x0, y, condition = data[0, 0]
     entering = _network_batch(condition[None], task, options.condition_encoder)
     steered = SteeredDenoiser(base.denoiser, [Control(network, entering)])
-    sampling = {"solver": "ddim", "steps": min(options.preview_steps, schedule.timesteps), "seed": options.seed}
+    sampling = {
+        "solver": "ddim",
+        "steps": min(options.preview_steps, schedule.timesteps - schedule.config.t_end),
+        "seed": options.seed,
+    }
     sample = sample_latent(steered, schedule, x0.shape[1:], torch.tensor([y]), **sampling)
 
     def decode(latent: Tensor) -> Tensor:

@@ -88,6 +88,6 @@ def _sample(
 ) -> Tensor:
     """A sample [D, H, W] in [-1, 1]."""
     y = torch.tensor([class_index])
-    steps = min(options.preview_steps, schedule.timesteps)
+    steps = min(options.preview_steps, schedule.timesteps - schedule.config.t_end)
     latent = sample_latent(denoiser, schedule, size, y, solver="ddim", steps=steps, seed=options.seed)
     return autoencoder.decode_latent(latent)[0, 0].clamp(-1, 1)

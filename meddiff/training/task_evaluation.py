@@ -95,7 +95,7 @@ def evaluate_task(options: EvaluationOptions) -> Path:
         "model": options.model,
         "model_sha256": model.fingerprint,
         "control": options.control,
-        **{key: settings[key] for key in ("solver", "steps", "eta", "timestep_spacing")},
+        **{key: settings[key] for key in ("solver", "steps", "eta", "timestep_spacing", "t_end")},
         "seed": options.seed,
         "strength": options.strength,
         "consistency": options.consistency and not masks,

@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from torch import Tensor
 
 from meddiff.config import PRESETS, SOLVER_NAMES, ControlNetConfig, ScheduleConfig
 from meddiff.kernels.diffusion_step import COEFFICIENTS, diffusion_step
@@ -380,14 +381,15 @@ def test_a_gpu_samples_what_the_cpu_samples(denoiser, schedule, reference_weight
 
 
 def test_what_is_left_open_is_as_the_model_says(denoiser):
-    own = ScheduleConfig(steps=4, eta=1.0, timestep_spacing="leading")
+    own = ScheduleConfig(steps=4, eta=1.0, timestep_spacing="leading", t_end=300)
     schedule, plain = NoiseSchedule(own), NoiseSchedule()
-    asked = {"solver": "ddim", "steps": 4, "eta": 1.0, "order": 1, "timestep_spacing": "leading"}
+    asked = {"solver": "ddim", "steps": 4, "eta": 1.0, "order": 1, "timestep_spacing": "leading", "t_end": 300}
     assert resolve_sampling(own) == asked and resolve_sampling(own, solver="ddim") == asked
     assert resolve_sampling(own, steps=7, eta=0.0) == asked | {"steps": 7, "eta": 0.0}
-    others = {"solver": "dpmsolver++", "steps": None, "eta": 0.0, "order": 2, "timestep_spacing": "linspace"}
-    assert resolve_sampling(own, solver="dpmsolver++") == others
-    assert resolve_sampling(ScheduleConfig()) == asked | {"steps": None, "eta": 0.0, "timestep_spacing": "linspace"}
+    published = {"steps": None, "eta": 0.0, "timestep_spacing": "linspace", "t_end": 0}
+    others = published | {"solver": "dpmsolver++", "order": 2}
+    assert resolve_sampling(own, solver="dpmsolver++") == others | {"t_end": 300}  # the network's, not the solver's
+    assert resolve_sampling(ScheduleConfig()) == asked | published
     of_other = ScheduleConfig(solver="dpmsolver++", steps=7, timestep_spacing="trailing")
     assert resolve_sampling(of_other) == others | {"steps": 7, "timestep_spacing": "trailing"}
     assert resolve_sampling(of_other, solver="ddim") == resolve_sampling(ScheduleConfig())
@@ -396,6 +398,32 @@ def test_what_is_left_open_is_as_the_model_says(denoiser):
     latent, options = sample_latent(denoiser, schedule, (8, 8, 8), Y, seed=1), asked | {"seed": 1}
     assert torch.equal(latent, sample_latent(denoiser, plain, (8, 8, 8), Y, **options))
     assert not torch.allclose(latent, sample_latent(denoiser, schedule, (8, 8, 8), Y, eta=0.0, seed=1), atol=1e-3)
+
+
+@pytest.mark.parametrize("spacing", ["linspace", "leading", "trailing"])
+@pytest.mark.parametrize("solver", ["ddim", "dpmsolver++"])
+def test_sampling_can_end_early_at_the_estimate_of_the_clean_latent(denoiser, schedule, solver, spacing):
+    timesteps = solver_timesteps(schedule, solver, 5, spacing, t_end=400)
+    shorter = NoiseSchedule(ScheduleConfig(timesteps=600))
+    assert timesteps == [400 + t for t in solver_timesteps(shorter, solver, 5, spacing)]
+    seen = {}
+
+    def watch(x0: Tensor, t: int) -> Tensor:
+        seen[t] = x0.clone()
+        return x0
+
+    run = {"solver": solver, "steps": 5, "timestep_spacing": spacing, "t_end": 400, "seed": 2}
+    latent = sample_latent(denoiser, schedule, (8, 8, 8), Y, correct_x0=watch, **run)
+    assert list(seen) == timesteps
+    torch.testing.assert_close(latent, seen[timesteps[-1]], rtol=0, atol=1e-5)
+    torch.testing.assert_close(latent, sample_latent(denoiser, schedule, (8, 8, 8), Y, **run), rtol=0, atol=1e-5)
+
+
+def test_ddpm_can_end_early_as_well(denoiser, schedule):
+    run = {"solver": "ddpm", "t_end": 990, "seed": 2}
+    first = sample_latent(denoiser, schedule, (8, 8, 8), Y, **run)
+    assert solver_timesteps(schedule, "ddpm", t_end=990) == list(range(999, 989, -1))
+    assert first.abs().max() <= 1 and torch.isfinite(first).all()
 
 
 @pytest.mark.parametrize(
@@ -413,6 +441,9 @@ def test_what_is_left_open_is_as_the_model_says(denoiser):
         ({"order": 2}, "order"),
         ({"solver": "dpmsolver++", "order": 3}, "order"),
         ({"timestep_spacing": "karras"}, "linspace, leading, trailing"),
+        ({"t_end": -1}, r"t_end must lie in \[0, 998\]"),
+        ({"t_end": 999}, r"t_end must lie in \[0, 998\]"),
+        ({"t_end": 900, "steps": 101}, r"\[1, 100\]"),
         ({"seed": -1}, "seed"),
         ({"seed": [1, 2]}, "seed"),
         ({"y": torch.tensor([7])}, r"\[0, 7\)"),
