@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import nibabel as nib
@@ -70,6 +72,17 @@ def make_population(options: PopulationOptions) -> Path:
     with atomic_write(folder / "volumes.csv") as temporary:
         temporary.write_text(text.getvalue(), encoding="utf-8", newline="")
     return folder / "volumes.csv"
+
+
+@contextmanager
+def _two_threads() -> Iterator[None]:
+    """At least two: with one, PyTorch unfolds the convolutions that smooth the displacements, 14 GB at 192³."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(2, threads))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _rows(files: dict[str, str], label: str | None) -> list[dict[str, object]]:
@@ -137,7 +150,8 @@ def _subject(
         mode="bilinear",
         padding_mode="zeros",
     ).set_random_state(seed=seed)
-    deformed = deform({"maps": torch.from_numpy(maps)})["maps"].numpy().clip(0, 1)
+    with _two_threads():
+        deformed = deform({"maps": torch.from_numpy(maps)})["maps"].numpy().clip(0, 1)
     paint = Compose(
         [
             RandBiasFieldd("image", prob=1, coeff_range=(-_BIAS, _BIAS)),

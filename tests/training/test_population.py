@@ -6,7 +6,9 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
+from meddiff.training import population
 from meddiff.training.data import list_volumes
 from meddiff.training.options import PopulationOptions
 from meddiff.training.population import make_population, undeformed
@@ -49,6 +51,20 @@ def test_the_seed_decides_and_finished_volumes_stay(options, tmp_path):
     stamps = [Volume.load(file, "MR", (0, 1000)).source.path.stat().st_mtime_ns for file in first]
     make_population(replace(options, subjects=3))
     assert [Volume.load(file, "MR", (0, 1000)).source.path.stat().st_mtime_ns for file in first] == stamps
+
+
+def test_one_thread_does_not_unfold_the_deformation(options, monkeypatch):
+    seen, deform = [], population.Rand3DElasticd.__call__
+    monkeypatch.setattr(
+        population.Rand3DElasticd, "__call__", lambda *a: (seen.append(torch.get_num_threads()), deform(*a))[1]
+    )
+    threads = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        make_population(replace(options, subjects=1))
+        assert seen == [2] and torch.get_num_threads() == 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_the_template_can_lead_the_list(options):
