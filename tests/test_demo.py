@@ -98,20 +98,26 @@ def test_it_is_the_default_of_the_command_line(tmp_path, template, capsys):
 
 
 def test_it_generates_different_volumes_of_its_kind(tmp_path, template, capsys):
+    from meddiff.training.population import template_maps, tissue_labels
+    from meddiff.training.task_evaluation import tissue_dice
+
     brains = []
     for seed in (1, 2):
         out = tmp_path / f"{seed}.nii.gz"
         assert main(["generate", "--out", str(out), "--seed", str(seed)]) == 0
         record = json.loads((tmp_path / f"{seed}.json").read_text())
         assert record["anatomy"] == "mr_t1_brain" and record["size"] == list(SIZE) and record["model"]["trained"]
-        own = {"solver": "ddim", "steps": 50, "eta": 1.0, "timestep_spacing": "leading"}
+        own = {"solver": "ddim", "steps": 35, "eta": 1.0, "timestep_spacing": "leading", "t_end": 300}
         assert {key: record[key] for key in own} == own
         brains.append(nib.load(out).get_fdata() / 1000)
     mean = template[0].data / 1000
     inside = mean > 0.2
+    tissues = torch.from_numpy(tissue_labels(template_maps(SIZE, SPACING)[0])).long()
     for brain in brains:
         assert np.corrcoef(brain.ravel(), mean.ravel())[0, 1] > 0.95  # a brain, in its place
-        assert np.corrcoef(brain[inside], mean[inside])[0, 1] > 0.6  # with its tissues, coarsely
+        assert np.corrcoef(brain[inside], mean[inside])[0, 1] > 0.65
+        found = tissue_dice(torch.from_numpy(2 * brain - 1).float(), tissues, load_controlnet("demo-mask").task, "")
+        assert found["white_matter"] > 0.65 and found["grey_matter"] > 0.6  # about where the template has them
         assert 0.5 < brain[inside].mean() < 0.8  # as bright as those that it learned from
         assert brain[~inside].mean() < 0.03  # in a field of air
     assert np.abs(brains[0] - brains[1])[inside].mean() > 0.01
@@ -159,6 +165,6 @@ def test_a_mask_becomes_a_brain_with_its_tissues(tmp_path, brains, capsys):
         return tissue_dice(x, torch.from_numpy(nib.load(brains / mask).get_fdata()).long(), task, "")
 
     own, other = tissues(out, "0000_labels.nii.gz"), tissues(out, "0001_labels.nii.gz")
-    reached = tissues(brains / "0000_mr_t1_brain.nii.gz", "0000_labels.nii.gz")  # by the true image
+    assert own["white_matter"] >= 0.7  # the true image has 0.72
     for tissue in ("white_matter", "grey_matter"):
-        assert own[tissue] >= 0.85 * reached[tissue] and own[tissue] > other[tissue] + 0.02
+        assert own[tissue] > other[tissue] + 0.04

@@ -202,6 +202,8 @@ class EvaluationOptions:
         solver: Of the sampler, ddim, dpmsolver++ or ddpm; by default the model's.
         steps: Denoising steps; by default those of the model or the solver.
         eta: Fresh noise in DDIM, 0 to 1; by default the model's.
+        timestep_spacing: linspace, leading or trailing; by default the model's.
+        t_end: Timestep from which the last step goes to the clean latent; by default the model's.
         seed: Of the samples and of simulated measurements.
         strength: Of the ControlNet.
         consistency: Whether what was measured is imposed on the images.
@@ -221,6 +223,8 @@ class EvaluationOptions:
     solver: Literal["ddim", "dpmsolver++", "ddpm"] | None = None
     steps: int | None = None
     eta: float | None = None
+    timestep_spacing: Literal["linspace", "leading", "trailing"] | None = None
+    t_end: int | None = None
     seed: int = 0
     strength: float = 1.0
     consistency: bool = True
@@ -230,7 +234,7 @@ class EvaluationOptions:
             raise ValueError("EvaluationOptions: task needs control, the folder of its ControlNet, and control a task")
         if self.task is not None and (self.disjoint or self.generated is not None):
             raise ValueError("EvaluationOptions: disjoint and generated are of a model, not of a task; leave them out")
-        of_tasks = ("solver", "steps", "eta", "seed", "strength", "consistency")
+        of_tasks = ("solver", "steps", "eta", "timestep_spacing", "t_end", "seed", "strength", "consistency")
         given = [f.name for f in fields(self) if f.name in of_tasks and getattr(self, f.name) != f.default]
         if self.task is None and given:
             raise ValueError(f"EvaluationOptions: {', '.join(given)}: of a task's samples; give --task and --control")

@@ -39,7 +39,7 @@ def make_population(options: PopulationOptions) -> Path:
     """
     folder = Path(options.out)
     folder.mkdir(parents=True, exist_ok=True)
-    templates = [_template(size, mm) for size, mm in zip(options.sizes, options.spacings)]
+    templates = [template_maps(size, mm) for size, mm in zip(options.sizes, options.spacings)]
     rows = []
     if options.template:
         for i, (size, spacing) in enumerate(zip(options.sizes, options.spacings)):
@@ -93,11 +93,11 @@ def _rows(files: dict[str, str], label: str | None) -> list[dict[str, object]]:
 
 def undeformed(size: tuple[int, int, int], spacing: tuple[float, float, float]) -> list[Volume]:
     """The template itself, T1 and T2-like, on a grid of `size` voxels and `spacing` mm along X, Y, Z."""
-    maps, affine = _template(size, spacing)
+    maps, affine = template_maps(size, spacing)
     return [Volume(_INTENSITY.high * image, affine, _INTENSITY) for image in _contrasts(maps)]
 
 
-def _template(size: tuple[int, int, int], spacing: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
+def template_maps(size: tuple[int, int, int], spacing: tuple[float, float, float]) -> tuple[np.ndarray, np.ndarray]:
     """T1 and the shares of white matter, grey matter and brain, float32 [4, X, Y, Z] in [0, 1]; affine in mm, RAS+."""
     try:
         from nilearn import datasets

@@ -46,7 +46,7 @@ def evaluate_task(options: EvaluationOptions) -> Path:
             f"evaluate: {options.control} was trained for task {name}, not for {options.task}; give --task {name}"
         )
     masks = isinstance(control.task, MasksConfig)
-    sampling = {"solver": options.solver, "steps": options.steps, "eta": options.eta}
+    sampling = {name: getattr(options, name) for name in ("solver", "steps", "eta", "timestep_spacing", "t_end")}
     settings = model.settings(**sampling)
     prepare, unit = preparation(options.spacing, masks), size_unit(model.autoencoder)
     default = next(iter(control.anatomies))
@@ -95,7 +95,7 @@ def evaluate_task(options: EvaluationOptions) -> Path:
         "model": options.model,
         "model_sha256": model.fingerprint,
         "control": options.control,
-        **{key: settings[key] for key in ("solver", "steps", "eta", "timestep_spacing", "t_end")},
+        **{key: settings[key] for key in sampling},
         "seed": options.seed,
         "strength": options.strength,
         "consistency": options.consistency and not masks,

@@ -73,8 +73,11 @@ def test_fast_mri_is_scored_beside_its_condition(folder, tmp_path):
 def test_masks_are_scored_by_tissue_from_the_command_line(folder, tmp_path):
     arguments = ["--task", "masks", "--control", str(folder / "masks"), "--steps", "1"]
     arguments += ["--data", str(folder / "list.csv"), "--model", str(folder / "base")]
+    arguments += ["--t_end", "300", "--timestep_spacing", "leading"]
     assert main(["evaluate", "--out", str(tmp_path / "a.json"), *arguments]) == 0
-    (score,) = json.loads((tmp_path / "a.json").read_text())["volumes"]
+    written = json.loads((tmp_path / "a.json").read_text())
+    assert (written["steps"], written["t_end"], written["timestep_spacing"]) == (1, 300, "leading")
+    (score,) = written["volumes"]
     for tissue in MASKS.tissues:
         assert score[f"original_dice_{tissue}"] == pytest.approx(1) and 0 <= score[f"dice_{tissue}"] < 0.7
     assert "condition_psnr" not in score and score["psnr"] > 0
