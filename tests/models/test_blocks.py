@@ -36,9 +36,9 @@ def made(build, dtype: torch.dtype) -> Conv3d:
 @pytest.mark.parametrize(
     "build, size",
     [
-        (partial(conv3, 1, 48), (32, 32, 32)),
-        (partial(conv3, 1, 48), (2, 128, 128)),
-        (partial(conv3, 24, 24), (12, 9, 14)),
+        (partial(conv3, 1, 48), (64, 32, 32)),
+        (partial(conv3, 1, 48), (2, 128, 256)),
+        (partial(conv3, 24, 24), (15, 14, 14)),
         (partial(conv1, 16, 24), (3, 2, 4)),
         (partial(down_conv, 24), (12, 10, 14)),
         (partial(Conv3d, 8, 24, kernel_size=4, stride=4), (16, 16, 16)),
@@ -72,6 +72,18 @@ def test_few_planes_of_few_channels_in_bfloat16(channels, size):
     for _ in range(4):
         poison = [torch.full((n,), float("nan")) for n in (100, 1000, 10_000, 100_000)]
         del poison
+        torch.testing.assert_close(conv(x).double(), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("learning", [False, True])
+@pytest.mark.parametrize("channels", [24, 192])
+@pytest.mark.parametrize("size", [(4, 6, 2), (8, 8, 2), (2, 2, 2), (6, 2, 6), (2, 6, 6)])
+def test_strides_over_few_planes_in_bfloat16(channels, size, learning):
+    """PyTorch's own holds what memory held before, where it strides over two columns on processors with AMX."""
+    conv = made(partial(down_conv, channels), torch.bfloat16)
+    x = torch.randn(1, channels, *size).to(torch.bfloat16, memory_format=torch.channels_last_3d)
+    wanted = nn.functional.conv3d(x.double(), conv.weight.double(), conv.bias.double(), 2, 1)
+    with torch.set_grad_enabled(learning):
         torch.testing.assert_close(conv(x).double(), wanted, rtol=2e-2, atol=2e-2)
 
 
