@@ -92,6 +92,8 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padd
     For inference: callers record no gradient, and there is no autocast. With a larger kernel an x of fewer than `least`
     numbers is left to PyTorch.
     """
+    if x.device.type == "cpu" and strides_to_one_column(x, weight, stride, padding):
+        return conv3d(F.pad(x, (0, stride)), weight, bias, stride, padding, least)[..., :1]
     if weight.shape[2] == stride == 1 and padding == 0:
         return F.linear(x.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
     if x.device.type == "cpu" and weight.numel() >= _LARGE_WEIGHT and x[:, 0].numel() <= _FEW_VOXELS * stride**3:
@@ -104,6 +106,12 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padd
     ):
         return torch.mkldnn_convolution(x, weight, bias, (padding,) * 3, (stride,) * 3, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
+
+
+def strides_to_one_column(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:
+    """Whether a convolution strides and gives a single column: there oneDNN is wrong in bfloat16 on processors with AMX
+    (PyTorch 2.13). With two columns it is right."""
+    return stride > 1 and 0 <= x.shape[4] + 2 * padding - weight.shape[4] < stride
 
 
 def _unfolded_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meddiff.kernels.group_norm_silu import group_norm_silu
-from meddiff.kernels.norm_silu_conv3d import conv3d
+from meddiff.kernels.norm_silu_conv3d import conv3d, strides_to_one_column
 
 _LEAST = 2**16  # numbers; PyTorch unfolds fewer in float32, which rounds less than oneDNN does
 
@@ -40,9 +40,8 @@ class Conv3d(_ChannelsLast, nn.Conv3d):
         # gradient where it pads two planes (PyTorch 2.13)
         if self.padding == (1, 1, 1) and (planes == 1 and x.shape[1] == 1 or planes == 2 and learning):
             return F.conv3d(F.pad(x, (0, 0, 0, 0, 1, 1)), weight, bias, self.stride, (0, 1, 1))
-        # nor, with AMX, is it right where it strides over two padded columns (PyTorch 2.13); over four it is
-        if self.padding == (1, 1, 1) and self.stride == (2, 2, 2) and x.shape[4] == 2:
-            return F.conv3d(F.pad(x, (1, 3)), weight, bias, self.stride, (1, 1, 0))[..., :1]
+        if strides_to_one_column(x, weight, self.stride[0], self.padding[0]):
+            return self._conv_forward(F.pad(x, (0, self.stride[0])), weight, bias)[..., :1]
         if x.shape[1] == 1:  # contiguous in both formats; the strides decide the output's
             x = x.reshape(len(x), *x.shape[2:], 1).movedim(-1, 1)
         if learning or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():

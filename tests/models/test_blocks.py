@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
+from meddiff.kernels.norm_silu_conv3d import conv3d
 from meddiff.models.blocks import Conv3d, attend_over_volume, conv1, conv3, down_conv
 from meddiff.resources import StageMeter
 
@@ -85,6 +86,17 @@ def test_strides_over_few_planes_in_bfloat16(channels, size, learning):
     wanted = nn.functional.conv3d(x.double(), conv.weight.double(), conv.bias.double(), 2, 1)
     with torch.set_grad_enabled(learning):
         torch.testing.assert_close(conv(x).double(), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("kernel", [3, 4])
+@pytest.mark.parametrize("size", [(6, 8, 4), (9, 9, 5), (4, 9, 4)])
+def test_strides_over_what_is_padded_already(kernel, size):
+    """As MONAI's layers do."""
+    conv = made(partial(Conv3d, 64, 64, kernel_size=kernel, stride=2), torch.bfloat16)
+    x = torch.randn(1, 64, *size).to(torch.bfloat16, memory_format=torch.channels_last_3d)
+    wanted = nn.functional.conv3d(x.double(), conv.weight.double(), conv.bias.double(), 2)
+    got = conv3d(x, conv.weight, conv.bias, 2, 0)
+    torch.testing.assert_close(got.double(), wanted, rtol=2e-2, atol=2e-2)
 
 
 @torch.no_grad()
