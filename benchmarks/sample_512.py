@@ -97,8 +97,8 @@ def run_meddiff(arguments: argparse.Namespace) -> dict:
     print(f"{device_name(model.device)}, {_name(model.dtype)}, model loaded in {loading:.1f} s\n")
 
     size = (arguments.size,) * 3
-    options = {"solver": arguments.solver, "eta": 0.0, "timestep_spacing": "linspace", "t_end": 0}
-    options["seed"] = arguments.seed
+    published = {"eta": 0.0, "timestep_spacing": "linspace", "t_end": 0}
+    options = {"solver": arguments.solver, "seed": arguments.seed, **published}
     target = model.target(arguments.anatomy, size)
     if model.device.type == "cuda":
         model.generate(arguments.anatomy, size, **options, steps=arguments.steps)

@@ -165,6 +165,7 @@ def test_a_mask_becomes_a_brain_with_its_tissues(tmp_path, brains, capsys):
         return tissue_dice(x, torch.from_numpy(nib.load(brains / mask).get_fdata()).long(), task, "")
 
     own, other = tissues(out, "0000_labels.nii.gz"), tissues(out, "0001_labels.nii.gz")
-    assert own["white_matter"] >= 0.7  # the true image has 0.72
+    reached = tissues(brains / "0000_mr_t1_brain.nii.gz", "0000_labels.nii.gz")  # by the true image
+    assert own["white_matter"] >= 0.7
     for tissue in ("white_matter", "grey_matter"):
-        assert own[tissue] > other[tissue] + 0.04
+        assert own[tissue] >= 0.85 * reached[tissue] and own[tissue] > other[tissue] + 0.04

@@ -35,13 +35,13 @@ class Conv3d(_ChannelsLast, nn.Conv3d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if x.device.type != "cpu":
             return super()._conv_forward(x, weight, bias)
+        if strides_to_one_column(x, weight, self.stride[0], self.padding[0]):
+            return self._conv_forward(F.pad(x, (0, self.stride[0])), weight, bias)[..., :1]
         planes, learning = x.shape[2], torch.is_grad_enabled()
         # oneDNN's bfloat16 reads memory that nobody wrote, where it pads a plane of one channel, and for the weight
         # gradient where it pads two planes (PyTorch 2.13)
         if self.padding == (1, 1, 1) and (planes == 1 and x.shape[1] == 1 or planes == 2 and learning):
             return F.conv3d(F.pad(x, (0, 0, 0, 0, 1, 1)), weight, bias, self.stride, (0, 1, 1))
-        if strides_to_one_column(x, weight, self.stride[0], self.padding[0]):
-            return self._conv_forward(F.pad(x, (0, self.stride[0])), weight, bias)[..., :1]
         if x.shape[1] == 1:  # contiguous in both formats; the strides decide the output's
             x = x.reshape(len(x), *x.shape[2:], 1).movedim(-1, 1)
         if learning or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
