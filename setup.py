@@ -30,7 +30,7 @@ ISA_FLAGS = {"avx2": "-mavx2 -mfma", "avx512": "-mavx512f -mfma -mprefer-vector-
 FILE_FLAGS = ISA_FLAGS | GENCODE  # csrc/*_<gpu>.cu is compiled for that alone
 CPU_KERNELS = ["adaln", "group_norm_silu", "vq_nearest", "window_attention"]
 CPU_SOURCES = [f"csrc/{op}{part}.cpp" for op in CPU_KERNELS for part in ("", "_portable")]
-CPU_SOURCES += ["csrc/bindings.cpp", "csrc/norm_silu_conv3d.cpp", "csrc/vq_fused.cpp"]
+CPU_SOURCES += ["csrc/bindings.cpp", "csrc/gelu.cpp", "csrc/norm_silu_conv3d.cpp", "csrc/vq_fused.cpp"]
 if os.uname().machine == "x86_64":
     CPU_SOURCES += [f"csrc/{op}_{isa}.cpp" for op in CPU_KERNELS for isa in ISA_FLAGS]
 DEPENDS = ["csrc/build_backend.py", *sorted(glob("csrc/*.h"))]

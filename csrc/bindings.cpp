@@ -68,6 +68,13 @@ STABLE_TORCH_LIBRARY(meddiff, m) {
       "Tensor(a!) out, str? isa=None) -> ()");
   m.def(
       "_conv_output(Tensor(a!) y, Tensor? residual, Tensor(b!) out, Tensor(c!)? statistics, str? isa=None) -> ()");
+  // x [R, C], gain [C] -> each row normalised, times gain
+  m.def("_channel_norm(Tensor x, Tensor gain, float eps) -> Tensor");
+  // x goes one step of a solver further, x0_prev becomes its estimate of the clean latent
+  m.def(
+      "_diffusion_step(Tensor(a!) x, Tensor estimate, Tensor coefficients, Tensor? noise, Tensor(b!)? x0_prev) -> ()");
+  // x = GELU(x) by its tanh approximation, in place; x contiguous, float32 or bfloat16
+  m.def("_gelu_(Tensor(a!) x, str? isa=None) -> ()");
   // instruction sets that were compiled in and that this processor has, the one in use first
   m.def("cpu_isas() -> str[]");
 }

@@ -14,14 +14,20 @@
 
 namespace meddiff {
 
-std::vector<const GroupNormSiluIsa*> group_norm_silu_isas() {
-  std::vector<const GroupNormSiluIsa*> isas;
+const GroupNormSiluIsa& find_group_norm_silu_isa(const char* op, const std::optional<std::string>& name) {
+  static const std::vector<const GroupNormSiluIsa*> isas = [] {
+    std::vector<const GroupNormSiluIsa*> found;
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) isas.push_back(&kGroupNormSiluAvx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back(&kGroupNormSiluAvx2);
+    if (__builtin_cpu_supports("avx512f")) found.push_back(&kGroupNormSiluAvx512);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kGroupNormSiluAvx2);
 #endif
-  isas.push_back(&kGroupNormSiluPortable);
-  return isas;
+    found.push_back(&kGroupNormSiluPortable);
+    return found;
+  }();
+  if (!name) return *isas.front();
+  for (const GroupNormSiluIsa* isa : isas)
+    if (*name == isa->name) return *isa;
+  STD_TORCH_CHECK(false, op, ": isa must be one of torch.ops.meddiff.cpu_isas(), got ", *name);
 }
 
 namespace {
@@ -311,15 +317,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy_in, const Tensor& x_in, con
   return {dx, sums};
 }
 
-const GroupNormSiluIsa& best_isa() {
-  static const GroupNormSiluIsa& best = *group_norm_silu_isas().front();
-  return best;
-}
+const GroupNormSiluIsa& best_isa() { return find_group_norm_silu_isa("", std::nullopt); }
 
 const GroupNormSiluIsa& isa_named(const std::string& name) {
-  for (const GroupNormSiluIsa* isa : group_norm_silu_isas())
-    if (name == isa->name) return *isa;
-  STD_TORCH_CHECK(false, "_group_norm_silu_isa: isa must be one of torch.ops.meddiff.cpu_isas(), got ", name);
+  return find_group_norm_silu_isa("_group_norm_silu_isa", name);
 }
 
 std::tuple<Tensor, Tensor> group_norm_silu(const Tensor& x, int64_t groups, const Tensor& weight, const Tensor& bias,

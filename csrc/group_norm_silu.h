@@ -1,7 +1,8 @@
 #pragma once
 
 #include <cstdint>
-#include <vector>
+#include <optional>
+#include <string>
 
 namespace meddiff {
 
@@ -29,6 +30,8 @@ struct GroupNormSiluKernels {
                    const float* slope, const float* level, bool silu, T* dx);
   // y = a + b, of `count` numbers; y may be a or b
   void (*add)(const T* a, const T* b, int64_t count, T* y);
+  // x = GELU(x) by its tanh approximation, of `count` numbers
+  void (*gelu)(T* x, int64_t count);
 };
 
 struct GroupNormSiluIsa {
@@ -42,7 +45,7 @@ extern const GroupNormSiluIsa kGroupNormSiluPortable;
 extern const GroupNormSiluIsa kGroupNormSiluAvx2;
 extern const GroupNormSiluIsa kGroupNormSiluAvx512;
 
-// those that were compiled in and that this processor has, the best one first
-std::vector<const GroupNormSiluIsa*> group_norm_silu_isas();
+// the best one that this processor has, or the one of that name, or an error of the operator
+const GroupNormSiluIsa& find_group_norm_silu_isa(const char* op, const std::optional<std::string>& name);
 
 }  // namespace meddiff

@@ -21,6 +21,8 @@ constexpr float kLn2[2] = {0x1.63p-1f, -0x1.bd0106p-13f};
 // 2ᶠ for |f| <= 1/2, to within 8e-5 of it.
 constexpr float kQuickPower[4] = {0x1.fff692p-1f, 0x1.62f31ap-1f, 0x1.f0de1ap-3f, 0x1.c3f76p-5f};
 
+constexpr float kGelu[2] = {0x1.988454p+0f, 0x1.2444f2p-4f};  // √(8/π)·{1, 0.044715}
+
 template <class Isa>
 class GroupNormSilu {
  public:
@@ -29,7 +31,7 @@ class GroupNormSilu {
 
   template <class T>
   static constexpr GroupNormSiluKernels<T> kernels() {
-    return {moments<T>, forward<T>, sums<T>, backward<T>, add<T>};
+    return {moments<T>, forward<T>, sums<T>, backward<T>, add<T>, gelu<T>};
   }
 
  private:
@@ -170,13 +172,32 @@ class GroupNormSilu {
 
   template <class T>
   static void add(const T* a, const T* b, int64_t count, T* y) {
-    int64_t i = 0;
-    for (; i + Isa::lanes <= count; i += Isa::lanes) Isa::store(y + i, Isa::add(Isa::load(a + i), Isa::load(b + i)));
-    if (i == count) return;
+    const int64_t whole = count - count % Isa::lanes;
+    for (int64_t i = 0; i < whole; i += Isa::lanes) Isa::store(y + i, Isa::add(Isa::load(a + i), Isa::load(b + i)));
+    if (whole == count) return;
     T rest[2][Isa::lanes] = {};
-    for (int64_t j = i; j < count; ++j) rest[0][j - i] = a[j], rest[1][j - i] = b[j];
+    for (int64_t j = whole; j < count; ++j) rest[0][j - whole] = a[j], rest[1][j - whole] = b[j];
     Isa::store(rest[0], Isa::add(Isa::load(rest[0]), Isa::load(rest[1])));
-    for (int64_t j = i; j < count; ++j) y[j] = rest[0][j - i];
+    for (int64_t j = whole; j < count; ++j) y[j] = rest[0][j - whole];
+  }
+
+  // x·Φ(x) ≈ x·sigmoid(x·(kGelu[0] + kGelu[1]·x²)), which is x/2·(1 + tanh(√(2/π)·(x + 0.044715·x³)))
+  template <class T>
+  static V gelu_of(const T* x) {
+    const V value = Isa::max(Isa::set1(-12), Isa::load(x));  // below that the result rounds to 0
+    const V slope = Isa::fma(Isa::mul(value, value), Isa::set1(kGelu[1]), Isa::set1(kGelu[0]));
+    return Isa::mul(value, sigmoid_for(Isa::mul(value, slope), T{}));
+  }
+
+  template <class T>
+  static void gelu(T* x, int64_t count) {
+    const int64_t whole = count - count % Isa::lanes;
+    for (int64_t i = 0; i < whole; i += Isa::lanes) Isa::store(x + i, gelu_of(x + i));
+    if (whole == count) return;
+    T rest[Isa::lanes] = {};
+    for (int64_t j = whole; j < count; ++j) rest[j - whole] = x[j];
+    Isa::store(rest, gelu_of(rest));
+    for (int64_t j = whole; j < count; ++j) x[j] = rest[j - whole];
   }
 };
 

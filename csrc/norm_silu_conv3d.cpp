@@ -22,14 +22,6 @@ using OptionalTensor = std::optional<Tensor>;
 const GroupNormSiluKernels<float>& kernels_of(const GroupNormSiluIsa& isa, float) { return isa.float32; }
 const GroupNormSiluKernels<uint16_t>& kernels_of(const GroupNormSiluIsa& isa, uint16_t) { return isa.bfloat16; }
 
-const GroupNormSiluIsa& isa_of(const std::optional<std::string>& name) {
-  const std::vector<const GroupNormSiluIsa*> isas = group_norm_silu_isas();
-  if (!name) return *isas.front();
-  for (const GroupNormSiluIsa* isa : isas)
-    if (*name == isa->name) return *isa;
-  STD_TORCH_CHECK(false, "norm_silu_conv3d: isa must be one of torch.ops.meddiff.cpu_isas(), got ", *name);
-}
-
 // [B, C, D, H, W] of any strides along B, D and H; the voxels of a row are one behind the other.
 struct Rows {
   int64_t size[5], stride[5];
@@ -85,7 +77,7 @@ struct Fold {
 void conv_input(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, bool silu, bool upsample,
                 const std::vector<int64_t>& skip, const std::vector<int64_t>& pads, const Tensor& out,
                 const std::optional<std::string>& isa_name) {
-  const GroupNormSiluIsa& isa = isa_of(isa_name);
+  const GroupNormSiluIsa& isa = find_group_norm_silu_isa("norm_silu_conv3d", isa_name);
   const ScalarType type = out.scalar_type();
   const Rows from("x", x, type), to("out", out, type);
   STD_TORCH_CHECK(pads.size() == 6 && skip.size() == 3, "norm_silu_conv3d: pads must be 6 numbers and skip 3, got ",
@@ -158,7 +150,7 @@ struct Moments {
 
 void conv_output(const Tensor& y, const OptionalTensor& residual, const Tensor& out, const OptionalTensor& statistics,
                  const std::optional<std::string>& isa_name) {
-  const GroupNormSiluIsa& isa = isa_of(isa_name);
+  const GroupNormSiluIsa& isa = find_group_norm_silu_isa("norm_silu_conv3d", isa_name);
   const ScalarType type = out.scalar_type();
   const Rows to("out", out, type), from("the convolution's output", y, type);
   const Rows added("residual", residual ? *residual : y, type);

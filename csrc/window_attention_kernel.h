@@ -3,9 +3,9 @@
 // and calls nothing of the C++ library: of an inline function compiled in several files the linker keeps one copy, and
 // that could be the AVX-512 one.
 //
-// One query per lane, so that nothing is ever reduced across lanes; keys and values are broadcast. The softmax is the
-// online one, rescaled once per block of keys. The gradients of keys and values are found the other way round, one key
-// per lane.
+// One query per lane, so that nothing is ever reduced across lanes; keys and values are broadcast. Where no score can be
+// large, exponentials are taken of the scores as they are, else the softmax is the online one, rescaled once per block of
+// keys. The gradients of keys and values are found the other way round, one key per lane.
 //
 // An Isa has: V, a vector of `lanes` floats; `groups` vectors that share each broadcast; `unroll` keys whose scores are
 // in flight together; `columns` of v accumulated together in registers; load, store, set1, add, sub, mul, div,
@@ -25,51 +25,19 @@ class WindowAttention {
  public:
   static void attend(const float* q, const float* k, const float* v, int64_t tokens, int64_t dim, float* out,
                      float* log_sum) {
-    alignas(64) float query[kWindowHeadDim * kTile];  // [dim, kTile]
-    alignas(64) float sum[kWindowHeadDim * kTile];    // [dim, kTile] Σ p·v
-    alignas(64) float p[kKeys * kTile];               // [key, kTile] scores, then their exponentials
-
+    const float longest = largest_magnitude(k, tokens * dim);
     for (int64_t first = 0; first < tokens; first += kTile) {
       const int64_t queries = tokens - first < kTile ? tokens - first : kTile;
+      alignas(64) float query[kWindowHeadDim * kTile];  // [dim, kTile]
       spread(q + first * dim, queries, dim, query);
-      for (int64_t i = 0; i < dim * kTile; ++i) sum[i] = 0;
-      V top[G], total[G];
-      for (int g = 0; g < G; ++g) top[g] = Isa::set1(-0x1p126f), total[g] = Isa::set1(0);
-
-      for (int64_t key = 0; key < tokens; key += kKeys) {
-        const int64_t keys = tokens - key < kKeys ? tokens - key : kKeys;
-        V largest[G], rescale[G];
-        for (int g = 0; g < G; ++g) largest[g] = top[g];
-        all_scores(query, k + key * dim, keys, dim, p, largest);
-        for (int g = 0; g < G; ++g) {
-          rescale[g] = Isa::exp2(Isa::sub(top[g], largest[g]));
-          total[g] = Isa::mul(total[g], rescale[g]);
-          top[g] = largest[g];
-        }
-        for (int64_t j = 0; j < keys; ++j) {
-          for (int g = 0; g < G; ++g) {
-            float* at = p + j * kTile + g * Isa::lanes;
-            const V power = Isa::exp2(Isa::sub(Isa::load(at), top[g]));
-            total[g] = Isa::add(total[g], power);
-            Isa::store(at, power);
-          }
-        }
-        accumulate_all(p, v + key * dim, keys, dim, rescale, sum);
+      float largest = 0;  // no score of the tile is larger
+      for (int64_t l = 0; l < kTile; ++l) {
+        float sum = 0;
+        for (int64_t c = 0; c < dim; ++c) sum += __builtin_fabsf(query[c * kTile + l]);
+        if (!(sum * longest <= largest)) largest = sum * longest;  // NaN too
       }
-
-      float tops[kTile], totals[kTile];
-      for (int g = 0; g < G; ++g) {
-        Isa::store(tops + g * Isa::lanes, top[g]);
-        Isa::store(totals + g * Isa::lanes, total[g]);
-        for (int64_t c = 0; c < dim; ++c) {
-          float* at = sum + c * kTile + g * Isa::lanes;
-          Isa::store(at, Isa::div(Isa::load(at), total[g]));
-        }
-      }
-      for (int64_t l = 0; l < queries; ++l) {
-        log_sum[first + l] = tops[l] + __builtin_log2f(totals[l]);
-        for (int64_t c = 0; c < dim; ++c) out[(first + l) * dim + c] = sum[c * kTile + l];
-      }
+      const auto attend = largest <= kSmall ? attend_tile<true> : attend_tile<false>;
+      attend(query, queries, k, v, tokens, dim, out + first * dim, log_sum + first);
     }
   }
 
@@ -78,8 +46,9 @@ class WindowAttention {
     alignas(64) float a[kWindowHeadDim * kTile], b[kWindowHeadDim * kTile];          // [dim, kTile]
     alignas(64) float sum_a[kWindowHeadDim * kTile], sum_b[kWindowHeadDim * kTile];  // [dim, kTile]
     alignas(64) float p[kKeys * kTile], ds[kKeys * kTile];                           // [row, kTile]
-    V one[G], ignored[G];
-    for (int g = 0; g < G; ++g) one[g] = Isa::set1(1), ignored[g] = Isa::set1(0);
+    V one[G];
+    for (int g = 0; g < G; ++g) one[g] = Isa::set1(1);
+    const auto as_it_is = [](V score, int) { return score; };
 
     for (int64_t first = 0; first < tokens; first += kTile) {
       const int64_t lanes = tokens - first < kTile ? tokens - first : kTile;
@@ -91,8 +60,8 @@ class WindowAttention {
       for (int64_t i = 0; i < dim * kTile; ++i) sum_a[i] = 0;
       for (int64_t row = 0; row < tokens; row += kKeys) {
         const int64_t rows = tokens - row < kKeys ? tokens - row : kKeys;
-        all_scores(a, k + row * dim, rows, dim, p, ignored);
-        all_scores(b, v + row * dim, rows, dim, ds, ignored);
+        all_scores(a, k + row * dim, rows, dim, p, as_it_is);
+        all_scores(b, v + row * dim, rows, dim, ds, as_it_is);
         for (int64_t j = 0; j < rows; ++j)
           for (int g = 0; g < G; ++g)
             slopes(p, ds, j * kTile + g * Isa::lanes, Isa::load(tops + g * Isa::lanes),
@@ -106,8 +75,8 @@ class WindowAttention {
       for (int64_t i = 0; i < dim * kTile; ++i) sum_a[i] = sum_b[i] = 0;
       for (int64_t row = 0; row < tokens; row += kKeys) {
         const int64_t rows = tokens - row < kKeys ? tokens - row : kKeys;
-        all_scores(a, q + row * dim, rows, dim, p, ignored);
-        all_scores(b, grad + row * dim, rows, dim, ds, ignored);
+        all_scores(a, q + row * dim, rows, dim, p, as_it_is);
+        all_scores(b, grad + row * dim, rows, dim, ds, as_it_is);
         for (int64_t i = 0; i < rows; ++i)
           for (int g = 0; g < G; ++g)
             slopes(p, ds, i * kTile + g * Isa::lanes, Isa::set1(log_sum[row + i]), Isa::set1(delta[row + i]));
@@ -124,6 +93,75 @@ class WindowAttention {
   static constexpr int G = Isa::groups;
   static constexpr int64_t kTile = Isa::lanes * G;  // queries
   static constexpr int64_t kKeys = 64;
+  static constexpr float kSmall = 64;  // scores up to this need no maximum: 2⁻⁶⁴ to 2⁶⁴, and their sums, are numbers
+
+  // SMALL: no score is larger than kSmall. query is [dim, kTile]
+  template <bool SMALL>
+  static void attend_tile(const float* query, int64_t queries, const float* k, const float* v, int64_t tokens,
+                          int64_t dim, float* out, float* log_sum) {
+    alignas(64) float sum[kWindowHeadDim * kTile];  // [dim, kTile] Σ p·v
+    alignas(64) float p[kKeys * kTile];             // [key, kTile] scores, then their exponentials
+    for (int64_t i = 0; i < dim * kTile; ++i) sum[i] = 0;
+    V top[G], total[G], rescale[G];
+    for (int g = 0; g < G; ++g) top[g] = Isa::set1(SMALL ? 0 : -0x1p126f), total[g] = Isa::set1(0);
+    for (int g = 0; g < G; ++g) rescale[g] = Isa::set1(1);
+
+    for (int64_t key = 0; key < tokens; key += kKeys) {
+      const int64_t keys = tokens - key < kKeys ? tokens - key : kKeys;
+      if constexpr (SMALL) {
+        all_scores(query, k + key * dim, keys, dim, p, [&](V score, int g) {
+          const V power = Isa::exp2(score);
+          total[g] = Isa::add(total[g], power);
+          return power;
+        });
+      } else {
+        V largest[G];
+        for (int g = 0; g < G; ++g) largest[g] = top[g];
+        all_scores(query, k + key * dim, keys, dim, p, [&](V score, int g) {
+          largest[g] = Isa::max(score, largest[g]);
+          return score;
+        });
+        for (int g = 0; g < G; ++g) {
+          rescale[g] = Isa::exp2(Isa::sub(top[g], largest[g]));
+          total[g] = Isa::mul(total[g], rescale[g]);
+          top[g] = largest[g];
+        }
+        for (int64_t j = 0; j < keys; ++j) {
+          for (int g = 0; g < G; ++g) {
+            float* at = p + j * kTile + g * Isa::lanes;
+            const V power = Isa::exp2(Isa::sub(Isa::load(at), top[g]));
+            total[g] = Isa::add(total[g], power);
+            Isa::store(at, power);
+          }
+        }
+      }
+      accumulate_all(p, v + key * dim, keys, dim, rescale, sum);
+    }
+
+    float tops[kTile], totals[kTile];
+    for (int g = 0; g < G; ++g) {
+      Isa::store(tops + g * Isa::lanes, top[g]);
+      Isa::store(totals + g * Isa::lanes, total[g]);
+      for (int64_t c = 0; c < dim; ++c) {
+        float* at = sum + c * kTile + g * Isa::lanes;
+        Isa::store(at, Isa::div(Isa::load(at), total[g]));
+      }
+    }
+    gather(sum, queries, dim, out);
+    for (int64_t l = 0; l < queries; ++l) log_sum[l] = tops[l] + __builtin_log2f(totals[l]);
+  }
+
+  // Of NaN and numbers, the largest number or NaN.
+  static float largest_magnitude(const float* x, int64_t count) {
+    float largest[Isa::lanes] = {}, result = 0;
+    for (int64_t i = 0; i < count; ++i) {
+      float& of_lane = largest[i % Isa::lanes];
+      const float magnitude = __builtin_fabsf(x[i]);
+      of_lane = magnitude > of_lane ? magnitude : of_lane;
+    }
+    for (const float of_lane : largest) result = of_lane > result ? of_lane : result;
+    return result;
+  }
 
   // Rows [count, dim] as lanes [dim, kTile], with 0 in those to spare.
   static void spread(const float* rows, int64_t count, int64_t dim, float* lanes) {
@@ -144,10 +182,12 @@ class WindowAttention {
     Isa::store(ds + at, Isa::mul(power, Isa::sub(Isa::load(ds + at), delta)));
   }
 
-  static void all_scores(const float* query, const float* k, int64_t keys, int64_t dim, float* p, V* largest) {
+  template <class Finish>
+  static void all_scores(const float* query, const float* k, int64_t keys, int64_t dim, float* p,
+                         const Finish& finish) {
     const int64_t unrolled = keys - keys % Isa::unroll;
-    scores<Isa::unroll>(query, k, unrolled, dim, p, largest);
-    scores<1>(query, k + unrolled * dim, keys - unrolled, dim, p + unrolled * kTile, largest);
+    scores<Isa::unroll>(query, k, unrolled, dim, p, finish);
+    scores<1>(query, k + unrolled * dim, keys - unrolled, dim, p + unrolled * kTile, finish);
   }
 
   // sum = sum·rescale + Σⱼ p[j]·v[j] for all columns of v, in nearly equal shares.
@@ -160,9 +200,9 @@ class WindowAttention {
     }
   }
 
-  // Scores of the tile against `keys` rows of k, a multiple of U, into p; raises `largest` to them.
-  template <int U>
-  static void scores(const float* query, const float* k, int64_t keys, int64_t dim, float* p, V* largest) {
+  // Of the tile's scores against `keys` rows of k, a multiple of U, finish(scores, vector of the tile) into p.
+  template <int U, class Finish>
+  static void scores(const float* query, const float* k, int64_t keys, int64_t dim, float* p, const Finish& finish) {
     for (int64_t j = 0; j < keys; j += U, k += U * dim) {
       V s[U][G];
       for (int u = 0; u < U; ++u)
@@ -175,10 +215,7 @@ class WindowAttention {
         }
       }
       for (int u = 0; u < U; ++u) {
-        for (int g = 0; g < G; ++g) {
-          largest[g] = Isa::max(s[u][g], largest[g]);
-          Isa::store(p + (j + u) * kTile + g * Isa::lanes, s[u][g]);
-        }
+        for (int g = 0; g < G; ++g) Isa::store(p + (j + u) * kTile + g * Isa::lanes, finish(s[u][g], g));
       }
     }
   }

@@ -86,7 +86,7 @@ def _launch_backward(dy: Tensor, x: Tensor, gain: Tensor, eps: float) -> tuple[T
     return dx, partial.sum(0).to(gain.dtype)
 
 
-@torch.library.custom_op("meddiff::_channel_norm", mutates_args=(), device_types="cpu")
+@torch.library.impl("meddiff::_channel_norm", "CPU")
 def _forward(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """x [R, C], contiguous as everywhere below."""
     return F.layer_norm(x, x.shape[1:], gain, eps=eps).to(x.dtype)
@@ -124,9 +124,10 @@ def _no_second_derivative(ctx, *_: Tensor) -> None:
     raise NotImplementedError("channel_norm: only first derivatives, got a backward pass through a backward pass")
 
 
-_forward.register_fake(_forward_fake)
-_forward.register_kernel("cuda", _launch_forward)
-_forward.register_autograd(_differentiate, setup_context=_save)
+# not a custom_op: PyTorch imports its compiler when one first runs, for 1 s
+torch.library.register_fake("meddiff::_channel_norm", _forward_fake)
+torch.library.impl("meddiff::_channel_norm", "CUDA", _launch_forward)
+torch.library.register_autograd("meddiff::_channel_norm", _differentiate, setup_context=_save)
 _backward.register_fake(_backward_fake)
 _backward.register_kernel("cuda", _launch_backward)
 _backward.register_autograd(_no_second_derivative)
@@ -154,4 +155,4 @@ def channel_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     if x.dtype == torch.float64:
         return channel_norm_ref(volume, gain, eps).permute(0, 4, 1, 2, 3)
     rows = volume.view(volume[..., 0].numel(), x.shape[1])
-    return _forward(rows, gain.contiguous(), eps).view(volume.shape).permute(0, 4, 1, 2, 3)
+    return torch.ops.meddiff._channel_norm(rows, gain.contiguous(), eps).view(volume.shape).permute(0, 4, 1, 2, 3)

@@ -71,8 +71,8 @@ def _launch(x: Tensor, estimate: Tensor, coefficients: Tensor, noise: Tensor | N
         _step_kernel[grid](x, estimate, coefficients, noise, x0_prev, x.numel(), **flags, num_warps=4)
 
 
-# No defaults: PyTorch 2.11 leaves out trailing arguments that equal theirs, and then counts those that are mutated.
-@torch.library.custom_op("meddiff::_diffusion_step", mutates_args=("x", "x0_prev"), device_types="cpu")
+# not a custom_op: PyTorch imports its compiler when one first runs, for 1 s
+@torch.library.impl("meddiff::_diffusion_step", "CPU")
 def _step(x: Tensor, estimate: Tensor, coefficients: Tensor, noise: Tensor | None, x0_prev: Tensor | None) -> None:
     noise = None if noise is None else noise.float()
     out, x0 = diffusion_step_ref(x, estimate.float(), coefficients, noise, x0_prev)
@@ -81,10 +81,10 @@ def _step(x: Tensor, estimate: Tensor, coefficients: Tensor, noise: Tensor | Non
         x0_prev.copy_(x0)
 
 
-_step.register_kernel("cuda", _launch)
+torch.library.impl("meddiff::_diffusion_step", "CUDA", _launch)
 
 
-@_step.register_fake
+@torch.library.register_fake("meddiff::_diffusion_step")
 def _step_fake(x: Tensor, estimate: Tensor, coefficients: Tensor, noise: Tensor | None, x0_prev: Tensor | None) -> None:
     return None
 
@@ -123,4 +123,4 @@ def diffusion_step(
         raise ValueError(f"diffusion_step: x must have no gaps, got {tuple(x.shape)} with strides {x.stride()}")
     if x0_prev is not None and x0_prev.stride() != x.stride():
         raise ValueError(f"diffusion_step: x0_prev must have x's strides {x.stride()}, got {x0_prev.stride()}")
-    _step(x, estimate, coefficients, noise, x0_prev)
+    torch.ops.meddiff._diffusion_step(x, estimate, coefficients, noise, x0_prev)

@@ -35,6 +35,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from meddiff.config import (
     ANATOMIES,
@@ -336,10 +337,19 @@ def _count(pattern: str, keys: Mapping[str, Any]) -> int:
     return next(i for i in itertools.count() if pattern.format(i) not in keys)
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Modules keep their parameters as they are allocated: on the meta device nn.init imports torch._dynamo, for 1 s."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        is_init = getattr(function, "__module__", None) == "torch.nn.init"
+        return kwargs["tensor"] if is_init else function(*args, **kwargs)
+
+
 def build_empty(component: str, config: ComponentConfig) -> nn.Module:
     """The component's module on the meta device: names and shapes without memory."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _Uninitialised():
             return (ControlNet if component == "controlnet" else COMPONENTS[component][1])(config)
     except (RuntimeError, OverflowError, TypeError) as error:
         reason = str(error).partition("\n")[0]

@@ -57,7 +57,7 @@ class Codebook(nn.Module):
 
     def __init__(self, n_codes: int, embedding_dim: int) -> None:
         super().__init__()
-        self.register_buffer("embeddings", torch.randn(n_codes, embedding_dim))
+        self.register_buffer("embeddings", nn.init.normal_(torch.empty(n_codes, embedding_dim)))
         self.register_buffer("N", torch.zeros(n_codes))  # moving average of how often a code is used
         self.register_buffer("z_avg", self.embeddings.clone())  # moving average of the sum of what a code replaced
 

@@ -7,10 +7,10 @@ Tokens are a volume [B, D, H, W, C], cut into sub-volumes of window³ tokens. Th
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meddiff.kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
+from meddiff.kernels.gelu import gelu_
 from meddiff.kernels.window_attention import window_attention
 
 _NORM_EPS = 1e-6
@@ -21,8 +21,10 @@ def position_embedding(tokens_per_axis: int, dim: int) -> Tensor:
 
     dim/3 numbers for each of D, H, W, in that order: sines, then cosines, of index · 10000^(-k / (dim/6)).
     """
-    frequencies = 10000.0 ** (-torch.arange(dim // 6, dtype=torch.float64) / (dim // 6))
-    angles = torch.arange(tokens_per_axis, dtype=torch.float64)[:, None] * frequencies
+    # on the meta device arange would import torch._dynamo
+    counts = {"dtype": torch.float64, "device": "cpu"}
+    frequencies = 10000.0 ** (-torch.arange(dim // 6, **counts) / (dim // 6))
+    angles = torch.arange(tokens_per_axis, **counts)[:, None] * frequencies
     axis = torch.cat([angles.sin(), angles.cos()], dim=1)
     n = tokens_per_axis
     places = [
@@ -30,7 +32,7 @@ def position_embedding(tokens_per_axis: int, dim: int) -> Tensor:
         axis[None, :, None].expand(n, n, n, -1),
         axis[None, None, :].expand(n, n, n, -1),
     ]
-    return torch.cat(places, dim=-1).reshape(1, n**3, -1).float()
+    return torch.cat(places, dim=-1).reshape(1, n**3, -1).float().to(torch.get_default_device())
 
 
 class SubVolumeAttention(nn.Module):
@@ -54,7 +56,7 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu_(self.fc1(x)))
 
 
 class DiTBlock(nn.Module):
