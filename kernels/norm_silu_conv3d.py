@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _FUSED = (torch.float32, torch.bfloat16)  # on the CPU
-# A convolution of so few voxels with so large a weight is bound by reading the weight, which oneDNN lays out anew.
 _FEW_VOXELS, _LARGE_WEIGHT = 64, 2**20
 
 
@@ -96,7 +95,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padd
         return conv3d(F.pad(x, (0, stride)), weight, bias, stride, padding, least)[..., :1]
     if weight.shape[2] == stride == 1 and padding == 0:
         return F.linear(x.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
-    if x.device.type == "cpu" and weight.numel() >= _LARGE_WEIGHT and x[:, 0].numel() <= _FEW_VOXELS * stride**3:
+    if weight_outweighs(x, weight, stride):
         return _unfolded_conv3d(x, weight, bias, stride, padding)
     if (
         x.dtype == torch.float32
@@ -106,6 +105,11 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padd
     ):
         return torch.mkldnn_convolution(x, weight, bias, (padding,) * 3, (stride,) * 3, (1, 1, 1), 1)
     return F.conv3d(x, weight, bias, stride, padding)
+
+
+def weight_outweighs(x: Tensor, weight: Tensor, stride: int = 1) -> bool:
+    """Whether a convolution on the CPU is bound by reading its weight, which oneDNN lays out anew for every call."""
+    return x.device.type == "cpu" and weight.numel() >= _LARGE_WEIGHT and x[:, 0].numel() <= _FEW_VOXELS * stride**3
 
 
 def strides_to_one_column(x: Tensor, weight: Tensor, stride: int, padding: int) -> bool:

@@ -7,6 +7,7 @@ scratch tile.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -56,6 +57,30 @@ def _run_on_cpu(
     y = _dense(F.conv_transpose3d(tile, weight, bias, stride=2, padding=3))
     del tile
     torch.ops.meddiff._conv_output(y, None, out, statistics)
+
+
+def up_conv3d_of_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The whole of a volume of few voxels: for each of the eight places of an output voxel above its input voxel, the
+    product of the inputs around it and an eighth of the weight.
+
+    For inference, with a weight so large that oneDNN's copy of it would take more memory than all else.
+    Returns [B, O, 2D, 2H, 2W] in channels-last memory.
+    """
+    batch, channels, *size = x.shape
+    windows = F.pad(x, [1] * 6).permute(0, 2, 3, 4, 1)
+    for axis in (1, 2, 3):
+        windows = windows.unfold(axis, 2, 1)
+    windows = windows.movedim(4, 7)  # [B, D + 1, H + 1, W + 1, 2, 2, 2, C]
+    planes = weight.permute(2, 3, 4, 0, 1)
+    out = x.new_empty((batch, size[0], 2, size[1], 2, size[2], 2, weight.shape[1]))
+    for place in itertools.product((0, 1), repeat=3):
+        d, h, w = (slice(i, i + n) for i, n in zip(place, size))
+        around = windows[:, d, h, w].reshape(-1, 8 * channels)
+        d, h, w = (slice(1 - i, None, 2) for i in place)
+        eighth = planes[d, h, w].flip(0, 1, 2).reshape(8 * channels, -1)
+        y = around @ eighth if bias is None else torch.addmm(bias, around, eighth)
+        out[:, :, place[0], :, place[1], :, place[2]] = y.view(batch, *size, -1)
+    return out.view(batch, *(2 * n for n in size), -1).permute(0, 4, 1, 2, 3)
 
 
 def up_conv3d(

@@ -7,9 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meddiff.kernels.group_norm_silu import group_norm_silu
-from meddiff.kernels.norm_silu_conv3d import conv3d, strides_to_one_column
+from meddiff.kernels.norm_silu_conv3d import conv3d, strides_to_one_column, weight_outweighs
+from meddiff.kernels.up_conv3d import up_conv3d_of_few
 
 _LEAST = 2**16  # numbers; PyTorch unfolds fewer in float32, which rounds less than oneDNN does
+
+
+def _by_pytorch() -> bool:
+    """Whether a convolution on the CPU is PyTorch's as it is, which others can follow."""
+    return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
 
 
 class _ChannelsLast:
@@ -44,13 +50,16 @@ class Conv3d(_ChannelsLast, nn.Conv3d):
             return F.conv3d(F.pad(x, (0, 0, 0, 0, 1, 1)), weight, bias, self.stride, (0, 1, 1))
         if x.shape[1] == 1:  # contiguous in both formats; the strides decide the output's
             x = x.reshape(len(x), *x.shape[2:], 1).movedim(-1, 1)
-        if learning or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
+        if _by_pytorch():
             return super()._conv_forward(x, weight, bias)
         return conv3d(x, weight, bias, self.stride[0], self.padding[0], _LEAST)
 
 
 class ConvTranspose3d(_ChannelsLast, nn.ConvTranspose3d):
-    pass
+    def forward(self, x: Tensor) -> Tensor:
+        if _by_pytorch() or not weight_outweighs(x, self.weight):
+            return super().forward(x)
+        return up_conv3d_of_few(x, self.weight, self.bias)
 
 
 def conv1(in_channels: int, out_channels: int) -> Conv3d:

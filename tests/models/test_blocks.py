@@ -8,7 +8,7 @@ from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 from meddiff.kernels.norm_silu_conv3d import conv3d
-from meddiff.models.blocks import Conv3d, attend_over_volume, conv1, conv3, down_conv
+from meddiff.models.blocks import Conv3d, attend_over_volume, conv1, conv3, down_conv, up_conv
 from meddiff.resources import StageMeter
 
 
@@ -97,6 +97,28 @@ def test_strides_over_what_is_padded_already(kernel, size):
     wanted = nn.functional.conv3d(x.double(), conv.weight.double(), conv.bias.double(), 2)
     got = conv3d(x, conv.weight, conv.bias, 2, 0)
     torch.testing.assert_close(got.double(), wanted, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [(4, 4, 4), (2, 3, 1), (1, 1, 1)])
+def test_a_transposed_convolution_of_few_voxels_copies_no_weight(size, dtype):
+    conv = made(partial(up_conv, 288), dtype)
+    x = torch.randn(1, 288, *size).to(dtype, memory_format=torch.channels_last_3d)
+    wanted = nn.functional.conv_transpose3d(x.double(), conv.weight.double(), conv.bias.double(), 2, 1)
+    meter = StageMeter(torch.device("cpu"))
+    with torch.no_grad():
+        conv(x)
+        with meter.stage("before"):
+            pass
+        with meter.stage("convolution"):
+            got = conv(x)
+    before, peak = (stage.peak_bytes for stage in meter.stages)
+    assert peak - before < conv.weight.nbytes / 2
+    assert got.is_contiguous(memory_format=torch.channels_last_3d)
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(got.double(), wanted, rtol=bound, atol=bound)
+    with torch.enable_grad():
+        torch.testing.assert_close(conv(x), got, rtol=bound, atol=bound)
 
 
 @torch.no_grad()
