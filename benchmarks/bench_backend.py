@@ -164,6 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=tuple(PRESETS), default="8x")
     parser.add_argument("--only", choices=("published", "maisi", "quantisers"), help="by default all of them")
+    parser.add_argument("--case", default="", help="only cases that begin with this, such as 'MAISI encode'")
     parser.add_argument("--size", type=int, default=128, help="voxels along each axis")
     parser.add_argument("--budget", type=bytes_of, help="for decoding, and MAISI's encoding; such as 1.1GB")
     parser.add_argument("--tokens", type=int, default=32768)
@@ -181,16 +182,19 @@ def main() -> None:
     def wanted(name: str) -> bool:
         return arguments.only in (None, name)
 
+    def bench(cases: Iterator[Case], *settings) -> None:
+        for case in cases:
+            if case[0].startswith(arguments.case):
+                rows.extend(_bench(*case, *settings))
+
     with torch.inference_mode():
+        settings = (dtypes, arguments.repeats, budget, not arguments.cold)
         if wanted("published"):
-            for case in _networks(arguments.preset, arguments.size, limit):
-                rows += _bench(*case, dtypes, arguments.repeats, budget, not arguments.cold)
+            bench(_networks(arguments.preset, arguments.size, limit), *settings)
         if wanted("maisi"):
-            for case in _maisi(arguments.size, limit):
-                rows += _bench(*case, dtypes, arguments.repeats, budget, not arguments.cold)
+            bench(_maisi(arguments.size, limit), *settings)
         if wanted("quantisers"):
-            for case in _quantisers(arguments.tokens, arguments.codes, arguments.dim):
-                rows += _bench(*case, dtypes[:1], arguments.repeats, None)
+            bench(_quantisers(arguments.tokens, arguments.codes, arguments.dim), dtypes[:1], arguments.repeats, None)
     print_table(["case", "dtype", "ms p50", "peak MiB", "above model", "× peers"], rows)
 
 
