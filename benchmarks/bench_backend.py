@@ -125,21 +125,25 @@ def _bench(
         if wanted is not None and not wanted.is_floating_point():
             break  # indices of rounded latents are others
         name = str(dtype).removeprefix("torch.")
-        peer = "plain" if dtype == torch.float32 else f"plain_{name}"
-        meddiff.restore(with_weights(dtype))
-        try:
-            figures = measure(run, device, repeats, warm_up)
-            wanted = got if wanted is None else wanted
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error) and dtype == torch.float32:  # not all are made for another dtype
-                raise
-            why = "not enough memory" if is_out_of_memory(error) else str(error).partition("\n")[0]
-            peers[peer] = {"not_run": why}
-            rows.append([f"{case}, plain: {why}", name, *[""] * 4])
-        else:
-            same = _same(got, wanted)
-            peers[peer] = figures if same else {"not_run": "another result"}
-            rows.append([f"{case}, plain", name, *_cells(figures), "" if same else "not the same"])
+        ways = {"plain": dtype} if dtype == torch.float32 else {f"plain_{name}": dtype, "autocast": torch.float32}
+        for peer, stored in ways.items():  # not all are made for another dtype, which autocast then is for
+            if peer == "autocast" and "ms_p50" in peers[f"plain_{name}"]:
+                continue
+            meddiff.restore(with_weights(stored))
+            try:
+                with torch.autocast("cpu", dtype, enabled=peer == "autocast"):
+                    figures = measure(run, device, repeats, warm_up)
+                wanted = got if wanted is None else wanted
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error) and dtype == torch.float32:
+                    raise
+                why = "not enough memory" if is_out_of_memory(error) else str(error).partition("\n")[0]
+                peers[peer] = {"not_run": why}
+                rows.append([f"{case}, {peer}: {why}", name, *[""] * 4])
+            else:
+                same = _same(got, wanted)
+                peers[peer] = figures if same else {"not_run": "another result"}
+                rows.append([f"{case}, {peer}", name, *_cells(figures), "" if same else "not the same"])
         meddiff.accelerate(with_weights(torch.float32), budget)  # some have no other dtype
         with_weights(dtype)
         figures = measure(run, device, repeats, warm_up)

@@ -10,6 +10,8 @@
 #include <tuple>
 #include <vector>
 
+#include "processor.h"
+
 namespace meddiff {
 namespace {
 
@@ -21,8 +23,8 @@ using Results = std::tuple<Tensor, Tensor, Tensor>;
 std::vector<const AdaLnIsa*> adaln_isas() {
   std::vector<const AdaLnIsa*> isas;
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) isas.push_back(&kAdaLnAvx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back(&kAdaLnAvx2);
+  if (has_avx512()) isas.push_back(&kAdaLnAvx512);
+  if (has_avx2()) isas.push_back(&kAdaLnAvx2);
 #endif
   isas.push_back(&kAdaLnPortable);
   return isas;

@@ -12,14 +12,16 @@
 #include <tuple>
 #include <vector>
 
+#include "processor.h"
+
 namespace meddiff {
 
 const GroupNormSiluIsa& find_group_norm_silu_isa(const char* op, const std::optional<std::string>& name) {
   static const std::vector<const GroupNormSiluIsa*> isas = [] {
     std::vector<const GroupNormSiluIsa*> found;
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f")) found.push_back(&kGroupNormSiluAvx512);
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) found.push_back(&kGroupNormSiluAvx2);
+    if (has_avx512()) found.push_back(&kGroupNormSiluAvx512);
+    if (has_avx2()) found.push_back(&kGroupNormSiluAvx2);
 #endif
     found.push_back(&kGroupNormSiluPortable);
     return found;

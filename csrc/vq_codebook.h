@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "processor.h"
 #include "vq_nearest.h"
 
 namespace meddiff {
@@ -13,8 +14,8 @@ namespace meddiff {
 inline std::vector<const VqNearestIsa*> vq_nearest_isas() {
   std::vector<const VqNearestIsa*> isas;
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) isas.push_back(&kVqNearestAvx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back(&kVqNearestAvx2);
+  if (has_avx512()) isas.push_back(&kVqNearestAvx512);
+  if (has_avx2()) isas.push_back(&kVqNearestAvx2);
 #endif
   isas.push_back(&kVqNearestPortable);
   return isas;

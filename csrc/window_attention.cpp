@@ -12,6 +12,8 @@
 #include <tuple>
 #include <vector>
 
+#include "processor.h"
+
 namespace meddiff {
 namespace {
 
@@ -21,8 +23,8 @@ using torch::stable::Tensor;
 std::vector<const WindowAttentionIsa*> window_attention_isas() {
   std::vector<const WindowAttentionIsa*> isas;
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) isas.push_back(&kWindowAttentionAvx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.push_back(&kWindowAttentionAvx2);
+  if (has_avx512()) isas.push_back(&kWindowAttentionAvx512);
+  if (has_avx2()) isas.push_back(&kWindowAttentionAvx2);
 #endif
   isas.push_back(&kWindowAttentionPortable);
   return isas;
