@@ -1,5 +1,6 @@
-"""GELU of a DiT block's hidden layer by its tanh approximation, in inference, against PyTorch's, eager and compiled. On a
-GPU it is PyTorch's.
+"""GELU of a DiT block's hidden layer by its tanh approximation, in inference, against PyTorch's, eager and compiled.
+
+On a GPU it is PyTorch's.
 
 python benchmarks/bench_gelu.py --tokens 32 --channels 288
 """

@@ -26,17 +26,18 @@ class WindowAttention {
   static void attend(const float* q, const float* k, const float* v, int64_t tokens, int64_t dim, float* out,
                      float* log_sum) {
     const float longest = largest_magnitude(k, tokens * dim);
+    const bool tame = largest_magnitude(v, tokens * dim) < 0x1p64f;
     for (int64_t first = 0; first < tokens; first += kTile) {
       const int64_t queries = tokens - first < kTile ? tokens - first : kTile;
       alignas(64) float query[kWindowHeadDim * kTile];  // [dim, kTile]
       spread(q + first * dim, queries, dim, query);
-      float largest = 0;  // no score of the tile is larger
+      bool small = tame;  // by Hölder's inequality; a query with NaN is not
       for (int64_t l = 0; l < kTile; ++l) {
         float sum = 0;
         for (int64_t c = 0; c < dim; ++c) sum += __builtin_fabsf(query[c * kTile + l]);
-        if (!(sum * longest <= largest)) largest = sum * longest;  // NaN too
+        small &= sum * longest <= kSmall;
       }
-      const auto attend = largest <= kSmall ? attend_tile<true> : attend_tile<false>;
+      const auto attend = small ? attend_tile<true> : attend_tile<false>;
       attend(query, queries, k, v, tokens, dim, out + first * dim, log_sum + first);
     }
   }
@@ -93,9 +94,9 @@ class WindowAttention {
   static constexpr int G = Isa::groups;
   static constexpr int64_t kTile = Isa::lanes * G;  // queries
   static constexpr int64_t kKeys = 64;
-  static constexpr float kSmall = 64;  // scores up to this need no maximum: 2⁻⁶⁴ to 2⁶⁴, and their sums, are numbers
+  static constexpr float kSmall = 32;  // of this magnitude scores need no maximum: 2⁻³² to 2³² are far from the ends
 
-  // SMALL: no score is larger than kSmall. query is [dim, kTile]
+  // SMALL: all scores are of that magnitude. query is [dim, kTile]
   template <bool SMALL>
   static void attend_tile(const float* query, int64_t queries, const float* k, const float* v, int64_t tokens,
                           int64_t dim, float* out, float* log_sum) {
@@ -151,7 +152,7 @@ class WindowAttention {
     for (int64_t l = 0; l < queries; ++l) log_sum[l] = tops[l] + __builtin_log2f(totals[l]);
   }
 
-  // Of NaN and numbers, the largest number or NaN.
+  // Of the numbers; a NaN is passed over.
   static float largest_magnitude(const float* x, int64_t count) {
     float largest[Isa::lanes] = {}, result = 0;
     for (int64_t i = 0; i < count; ++i) {

@@ -338,7 +338,7 @@ def _count(pattern: str, keys: Mapping[str, Any]) -> int:
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Modules keep their parameters as they are allocated: on the meta device nn.init imports torch._dynamo, for 1 s."""
+    """Modules keep parameters as they are allocated: on the meta device nn.init imports torch._dynamo, for 1 s."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

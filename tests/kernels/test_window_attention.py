@@ -189,6 +189,17 @@ def test_extreme_scales(scale: float, name: str):
 
 
 @pytest.mark.parametrize("name", FORWARDS)
+def test_scores_around_the_size_that_needs_a_maximum(name: str):
+    """Up to 32 in units of log 2 the CPU kernel subtracts none; the tiles of queries here lie on both sides."""
+    qkv = case(1, (1, 1, 2), 5, 1, 4)
+    for largest in (20, 31.9, 32.1, 64, 500):
+        q, k, v = (part.contiguous() for part in qkv.chunk(3, dim=4))
+        q[..., :5, :] *= largest / math.log2(math.e) * 2 / (q.abs().sum(4).max() * k.abs().max())
+        check(FORWARDS[name], torch.cat([q, k, v], dim=4), 1, 5)
+        check(FORWARDS[name], torch.cat([q, k, v * 1e35], dim=4), 1, 5)
+
+
+@pytest.mark.parametrize("name", FORWARDS)
 def test_scores_that_rise_and_fall_along_the_window(name: str):
     """The running maximum changes in every block of keys, by more than float32's range of powers of 2."""
     for order in (1, -1):
