@@ -26,7 +26,7 @@ NVCC = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin:{os.env
 # PTX (compute_…) is for the GPUs between and after these
 GPUS = {"80": "sm_80,compute_80", "90a": "sm_90a", "100a": "sm_100a", "120": "sm_120,compute_120"}
 GENCODE = {f"sm{gpu}": f"-gencode 'arch=compute_{gpu},code=[{code}]'" for gpu, code in GPUS.items()}
-AVX512 = "-mavx512f -mavx512dq -mfma -mprefer-vector-width=512"
+AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
 ISA_FLAGS = {"avx2": "-mavx2 -mfma", "avx512": AVX512}  # of csrc/*_<isa>.cpp
 FILE_FLAGS = ISA_FLAGS | GENCODE  # csrc/*_<gpu>.cu is compiled for that alone
 CPU_KERNELS = ["adaln", "group_norm_silu", "vq_nearest", "window_attention"]

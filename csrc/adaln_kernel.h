@@ -38,15 +38,14 @@ struct Lanes {
   }
   static inline void store(float* p, V a) { __builtin_memcpy(p, &a, sizeof a); }
   static inline void store(uint16_t* p, V a) {  // to nearest even; a NaN stays one
-    const Bits bits = reinterpret_cast<Bits>(a), nan = reinterpret_cast<Bits>(a != a);
-    const Bits rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const Halves b = __builtin_convertvector((rounded & ~nan) | (nan & 0x7fc0), Halves);
+    const Bits bits = reinterpret_cast<Bits>(a), rounded = bits + 0x7fff + ((bits >> 16) & 1);
+    const Halves b = __builtin_convertvector((a != a ? Bits{} + 0x7fc00000 : rounded) >> 16, Halves);
     __builtin_memcpy(p, &b, sizeof b);
   }
-  static inline float sum(V a) {
+  static inline auto halved(V a) {
     typename Vectors<N / 2>::V half[2];
     __builtin_memcpy(half, &a, sizeof a);
-    return Lanes<N / 2>::sum(half[0] + half[1]);
+    return half[0] + half[1];
   }
 };
 
@@ -66,7 +65,6 @@ struct Lanes<1> {
     __builtin_memcpy(&bits, &a, sizeof a);
     *p = a != a ? 0x7fc0 : (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   }
-  static inline float sum(V a) { return a; }
 };
 
 // Calls visit(Lanes<n>(), i) for i = first … channels - 1 in steps of n: N, and for what is left N/2, …, 1.
@@ -78,16 +76,14 @@ inline void for_channels(int64_t first, int64_t channels, const Visit& visit) {
   }
 }
 
-// The sum of term(Lanes<n>(), i) over the same.
+// The sum of `total` and of term(Lanes<n>(), i) over the same.
 template <int N, class Term>
-inline float sum_channels(int64_t first, int64_t channels, const Term& term) {
-  typename Lanes<N>::V total = {};
+inline float sum_channels(int64_t first, int64_t channels, const Term& term, typename Lanes<N>::V total) {
   for (; first + N <= channels; first += N) total += term(Lanes<N>(), first);
-  float rest = 0;
-  if constexpr (N > 1) {
-    if (first < channels) rest = sum_channels<N / 2>(first, channels, term);
-  }
-  return Lanes<N>::sum(total) + rest;
+  if constexpr (N > 1)
+    return sum_channels<N / 2>(first, channels, term, Lanes<N>::halved(total));
+  else
+    return total;
 }
 
 template <int N, class T>
@@ -96,6 +92,8 @@ void adaln(const AdaLnTokens<T>& a) {
   T *r = a.r, *y = a.y;
   float* row = a.row;
   const int64_t channels = a.channels;
+  const typename Lanes<N>::V none = {};
+  const float share = 1.0f / static_cast<float>(channels);
   for (int64_t t = 0; t < a.tokens; ++t, x += a.x_stride) {
     const T* source = x;
     if (a.gate != nullptr) {
@@ -106,15 +104,17 @@ void adaln(const AdaLnTokens<T>& a) {
       r += channels, h += a.h_stride;
     }
     if (a.scale == nullptr) continue;
-    const float mean = sum_channels<N>(0, channels, [&](auto lanes, int64_t i) {
+    const auto read = [&](auto lanes, int64_t i) {
       const auto value = lanes.load(source + i);
       lanes.store(row + i, value);
       return value;
-    }) / channels;
-    const float variance = sum_channels<N>(0, channels, [&](auto lanes, int64_t i) {
+    };
+    const float mean = sum_channels<N>(0, channels, read, none) * share;
+    const auto squared = [&](auto lanes, int64_t i) {
       const auto centred = lanes.load(row + i) - mean;
       return centred * centred;
-    }) / channels;
+    };
+    const float variance = sum_channels<N>(0, channels, squared, none) * share;
     const float rstd = 1 / __builtin_sqrtf(variance + a.eps);
     for_channels<N>(0, channels, [&](auto lanes, int64_t i) {
       const auto normed = (lanes.load(row + i) - mean) * rstd;
