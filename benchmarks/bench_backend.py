@@ -139,7 +139,7 @@ def _bench(
                     raise
                 why = "not enough memory" if is_out_of_memory(error) else str(error).partition("\n")[0]
                 peers[peer] = {"not_run": why}
-                rows.append([f"{case}, {peer}: {why}", name, *[""] * 4])
+                rows.append([f"{case}, {peer}: {why}", name, *[""] * 5])
             else:
                 same = _same(got, wanted)
                 peers[peer] = figures if same else {"not_run": "another result"}
@@ -160,7 +160,7 @@ def _bench(
 
 
 def _cells(figures: dict) -> list[str]:
-    peaks = figures["peak_bytes"], figures["peak_above_model_bytes"]
+    peaks = (figures[f"peak_{name}bytes"] for name in ("", "above_model_", "above_warm_"))
     return [f"{figures['ms_p50']:.1f}", *("unknown" if peak is None else f"{peak / 2**20:.0f}" for peak in peaks)]
 
 
@@ -199,7 +199,7 @@ def main() -> None:
             bench(_maisi(arguments.size, limit), *settings)
         if wanted("quantisers"):
             bench(_quantisers(arguments.tokens, arguments.codes, arguments.dim), dtypes[:1], arguments.repeats, None)
-    print_table(["case", "dtype", "ms p50", "peak MiB", "above model", "× peers"], rows)
+    print_table(["case", "dtype", "ms p50", "peak MiB", "above model", "above warm", "× peers"], rows)
 
 
 if __name__ == "__main__":

@@ -87,6 +87,7 @@ def measure(work: Callable[[], object], device: torch.device, repeats: int, warm
     """Run `work` once to warm up, then `repeats` times: milliseconds p50, p20, p80 and peak memory of those.
 
     peak_above_model_bytes is the peak above what was there before: the weights, and results kept for comparison.
+    peak_above_warm_bytes leaves out what stays after the warm-up as well: libraries' code, and kernels that oneDNN made.
 
     On a GPU short work is timed as replays of a CUDA graph, as the sampler runs it; `timed` says "graph" then. What
     cannot be captured is timed by the host's clock, its launches included, as long work is.
@@ -97,16 +98,20 @@ def measure(work: Callable[[], object], device: torch.device, repeats: int, warm
         pass
     if warm_up:
         work()
+        _give_back_freed_memory()
+    with meter.stage("warm"):
+        pass
     for _ in range(repeats):
         with meter.stage("run"):
             work()
-    before, *runs = meter.stages
+    before, warm, *runs = meter.stages
     times = [1e3 * stage.seconds for stage in runs]
     replays = replay_ms(work, device) if device.type == "cuda" and min(times) < _SHORT_MS else None
     p20, p50, p80 = np.percentile(replays or times, (20, 50, 80))
     peak = max((stage.peak_bytes or 0) for stage in runs) or None
-    above = None if peak is None else peak - (before.peak_bytes or 0)
-    figures = {"ms_p50": p50, "ms_p20": p20, "ms_p80": p80, "peak_bytes": peak, "peak_above_model_bytes": above}
+    figures = {"ms_p50": p50, "ms_p20": p20, "ms_p80": p80, "peak_bytes": peak}
+    for name, then in {"model": before, "warm": warm}.items():
+        figures[f"peak_above_{name}_bytes"] = None if peak is None else peak - (then.peak_bytes or 0)
     return figures | ({"timed": "graph"} if replays else {})
 
 

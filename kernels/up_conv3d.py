@@ -76,7 +76,7 @@ def up_conv3d_of_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     for place in itertools.product((0, 1), repeat=3):
         d, h, w = (slice(i, i + n) for i, n in zip(place, size))
         around = windows[:, d, h, w].reshape(-1, 8 * channels)
-        d, h, w = (slice(1 - i, None, 2) for i in place)
+        d, h, w = (slice(1 - i, None, 2) for i in place)  # of the kernel, the last plane is the first input's
         eighth = planes[d, h, w].flip(0, 1, 2).reshape(8 * channels, -1)
         y = around @ eighth if bias is None else torch.addmm(bias, around, eighth)
         out[:, :, place[0], :, place[1], :, place[2]] = y.view(batch, *size, -1)
