@@ -87,7 +87,7 @@ def measure(work: Callable[[], object], device: torch.device, repeats: int, warm
     """Run `work` once to warm up, then `repeats` times: milliseconds p50, p20, p80 and peak memory of those.
 
     peak_above_model_bytes is the peak above what was there before: the weights, and results kept for comparison.
-    peak_above_warm_bytes leaves out what stays after the warm-up as well: libraries' code, and kernels that oneDNN made.
+    peak_above_warm_bytes leaves out what stays after the warm-up as well: code, and kernels that oneDNN made.
 
     On a GPU short work is timed as replays of a CUDA graph, as the sampler runs it; `timed` says "graph" then. What
     cannot be captured is timed by the host's clock, its launches included, as long work is.

@@ -25,7 +25,7 @@ def test_the_model_is_there_without_touching_a_gpu():
 
 def test_generating_imports_no_compiler():
     """torch._dynamo and sympy take a second, which is more than a small volume takes."""
-    generate = "meddiff.from_pretrained('demo', device='cpu').generate('mr_t1_brain', size=64, steps=1)"
+    generate = "meddiff.from_pretrained('demo', device='cpu').generate('mr_t1_brain', size=(64, 64, 64), steps=1)"
     code = f"import sys, meddiff; {generate}; print(sorted({{'torch._dynamo', 'sympy'}} & set(sys.modules)))"
     assert run(code) == "[]\n"
 

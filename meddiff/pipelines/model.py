@@ -166,7 +166,7 @@ class MedDiffusion:
     def generate(
         self,
         anatomy: str | None = None,
-        size: Sequence[int] | None = None,
+        size: int | Sequence[int] | None = None,
         *,
         spacing: Sequence[float] | None = None,
         seed: int = 0,
@@ -194,7 +194,7 @@ class MedDiffusion:
         self,
         out: str | Path,
         anatomy: str | None = None,
-        size: Sequence[int] | None = None,
+        size: int | Sequence[int] | None = None,
         *,
         spacing: Sequence[float] | None = None,
         seed: int = 0,
@@ -220,7 +220,7 @@ class MedDiffusion:
     def _sample_target(
         self,
         anatomy: str | None,
-        size: Sequence[int] | None,
+        size: int | Sequence[int] | None,
         spacing: Sequence[float] | None,
         seed: int,
         options: dict[str, Any],
@@ -233,14 +233,17 @@ class MedDiffusion:
         return latent, target, {"seed": seed, **self.settings(**options), "stages": meter.to_dicts()}
 
     def target(
-        self, anatomy: str | None = None, size: Sequence[int] | None = None, spacing: Sequence[float] | None = None
+        self,
+        anatomy: str | None = None,
+        size: int | Sequence[int] | None = None,
+        spacing: Sequence[float] | None = None,
     ) -> Target:
         """Check what is to be generated, and fill in what is not given.
 
         Args:
             anatomy: a name of `config.anatomies`; None is the first.
-            size: voxels along the file's axes X, Y, Z, multiples of `size_unit`; None is the anatomy's first size.
-                A size for which the model was not trained works, with a warning.
+            size: voxels along the file's axes X, Y, Z, or one number for all, multiples of `size_unit`; None is the
+                anatomy's first size. A size for which the model was not trained works, with a warning.
             spacing: mm along X, Y, Z; None is the one of that size.
 
         Raises:
@@ -253,7 +256,8 @@ class MedDiffusion:
         kind = anatomies[anatomy]
         if kind.class_index >= self.config.denoiser.num_classes:
             raise ValueError(f"generate: this model has no class {kind.class_index} ({anatomy})")
-        size = tuple(size) if size is not None else kind.sizes()[0]
+        size = kind.sizes()[0] if size is None else size
+        size = (size,) * 3 if isinstance(size, int) else tuple(size)
         spacing = tuple(spacing) if spacing is not None else kind.spacing(size)
         self._check_size(size)
         if len(spacing) != 3 or not all(math.isfinite(mm) and mm > 0 for mm in spacing):

@@ -214,6 +214,7 @@ def test_untrained_weights_depend_on_the_seed_alone():
     [
         ({"anatomy": "hand"}, "unknown anatomy 'hand'; this model knows ct_head_neck"),
         ({"size": (64, 64, 100)}, r"multiples of 64 voxels .* nearest is \(64, 64, 128\)"),
+        ({"size": 100}, r"got \(100, 100, 100\); nearest is \(128, 128, 128\)"),
         ({"size": (64, 64)}, "three multiples"),
         ({"size": (64, 64, 64), "spacing": (1, 1, 0)}, "positive"),
         ({"size": (64, 64, 64), "steps": 0}, "steps"),
@@ -225,6 +226,11 @@ def test_errors_say_what_was_wanted(model, arguments, message):
         model.generate(**{"steps": 1} | arguments)
     with pytest.raises(ValueError, match="known are"):
         meddiff.untrained("16x")
+
+
+@pytest.mark.filterwarnings("ignore:generate")
+def test_one_number_is_a_cube(model):
+    assert model.target(size=128) == model.target(size=(128, 128, 128))
 
 
 def test_a_missing_gpu_is_named(model, monkeypatch):
