@@ -3,9 +3,9 @@
 // and calls nothing of the C++ library: of an inline function compiled in several files the linker keeps one copy, and
 // that could be the AVX-512 one.
 //
-// One query per lane, so that nothing is ever reduced across lanes; keys and values are broadcast. Where no score can be
-// large, exponentials are taken of the scores as they are, else the softmax is the online one, rescaled once per block of
-// keys. The gradients of keys and values are found the other way round, one key per lane.
+// One query per lane, so that nothing is ever reduced across lanes; keys and values are broadcast. Where no score can
+// be large, exponentials are taken of the scores as they are, else the softmax is the online one, rescaled once per
+// block of keys. The gradients of keys and values are found the other way round, one key per lane.
 //
 // An Isa has: V, a vector of `lanes` floats; `groups` vectors that share each broadcast; `unroll` keys whose scores are
 // in flight together; `columns` of v accumulated together in registers; load, store, set1, add, sub, mul, div,
