@@ -9,7 +9,7 @@
 //
 // An Isa has: V, a vector of `lanes` floats; `groups` vectors that share each broadcast; `unroll` keys whose scores are
 // in flight together; `columns` of v accumulated together in registers; load, store, set1, add, sub, mul, div,
-// fma(a, b, c) = a·b + c, max(a, b) = a > b ? a : b, and exp2 of numbers <= 0, NaN for NaN.
+// fma(a, b, c) = a·b + c, max(a, b) = a > b ? a : b, and exp2 of numbers up to 126, NaN for NaN.
 #pragma once
 
 #include "window_attention.h"
