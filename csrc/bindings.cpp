@@ -68,6 +68,9 @@ STABLE_TORCH_LIBRARY(meddiff, m) {
       "Tensor(a!) out, str? isa=None) -> ()");
   m.def(
       "_conv_output(Tensor(a!) y, Tensor? residual, Tensor(b!) out, Tensor(c!)? statistics, str? isa=None) -> ()");
+  // out [B, C, D, H, W] is x with weights (1, 2, 1)/4 along three axes; where a pad is 1, x ends with out, whose
+  // outermost plane there is left alone
+  m.def("_blur3d(Tensor x, int[] pads, Tensor(a!) out, str? isa=None) -> ()");
   // x [R, C], gain [C] -> each row normalised, times gain
   m.def("_channel_norm(Tensor x, Tensor gain, float eps) -> Tensor");
   // x goes one step of a solver further, x0_prev becomes its estimate of the clean latent

@@ -32,6 +32,9 @@ struct GroupNormSiluKernels {
   void (*add)(const T* a, const T* b, int64_t count, T* y);
   // x = GELU(x) by its tanh approximation, of `count` numbers
   void (*gelu)(T* x, int64_t count);
+  // y = Σ weights·neighbours with (1, 2, 1)/4 along three axes, for `count` numbers; rows: those of the three planes of
+  // three rows around y's, each beginning a voxel before it and of count + 2·channels numbers, as line [of as many]
+  void (*blur)(const T* const* rows, int64_t count, int64_t channels, float* line, T* y);
 };
 
 struct GroupNormSiluIsa {

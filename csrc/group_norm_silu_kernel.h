@@ -4,9 +4,10 @@
 // files the linker keeps one copy, and that could be the AVX-512 one.
 //
 // An Isa has: V, a vector of `lanes` floats; load and store of float and of bfloat16 (as uint16_t, rounded to nearest
-// even, NaN stays NaN); set1, add, sub, mul; fma(a, b, c) = a·b + c; max(a, b) = a > b ? a : b and min; inverse(a) = 1/a
-// for a in [1, 2]; quick_inverse(a) = 1/a to within 2⁻¹⁴ of it for a in [1, 2¹²⁷); minus_abs(a) = −|a|; where_positive(a, b, c) = a > 0 ? b : c; round to an integer;
-// times_power(a, n) = a·2ⁿ for integers n in [−126, 126].
+// even, NaN stays NaN); set1, add, sub, mul; fma(a, b, c) = a·b + c; max(a, b) = a > b ? a : b and min;
+// inverse(a) = 1/a for a in [1, 2]; quick_inverse(a) = 1/a to within 2⁻¹⁴ of it for a in [1, 2¹²⁷);
+// minus_abs(a) = −|a|; where_positive(a, b, c) = a > 0 ? b : c; round to an integer; times_power(a, n) = a·2ⁿ for
+// integers n in [−126, 126].
 #pragma once
 
 #include "group_norm_silu.h"
@@ -31,7 +32,7 @@ class GroupNormSilu {
 
   template <class T>
   static constexpr GroupNormSiluKernels<T> kernels() {
-    return {moments<T>, forward<T>, sums<T>, backward<T>, add<T>, gelu<T>};
+    return {moments<T>, forward<T>, sums<T>, backward<T>, add<T>, gelu<T>, blur<T>};
   }
 
  private:
@@ -198,6 +199,48 @@ class GroupNormSilu {
     for (int64_t j = whole; j < count; ++j) rest[j - whole] = x[j];
     Isa::store(rest, gelu_of(rest));
     for (int64_t j = whole; j < count; ++j) x[j] = rest[j - whole];
+  }
+
+  static V one_two_one(V a, V b, V c) { return Isa::fma(Isa::set1(2), b, Isa::add(a, c)); }
+
+  template <class T>
+  static V across(const T* const* rows, int64_t i) {
+    V planes[3];
+    for (int p = 0; p < 3; ++p) {
+      const T* const* of_plane = rows + 3 * p;
+      planes[p] = one_two_one(Isa::load(of_plane[0] + i), Isa::load(of_plane[1] + i), Isa::load(of_plane[2] + i));
+    }
+    return one_two_one(planes[0], planes[1], planes[2]);
+  }
+
+  static V along(const float* line, int64_t channels) {
+    const V sum = one_two_one(Isa::load(line), Isa::load(line + channels), Isa::load(line + 2 * channels));
+    return Isa::mul(sum, Isa::set1(1.0f / 64));
+  }
+
+  template <class T>
+  static void blur(const T* const* rows, int64_t count, int64_t channels, float* line, T* y) {
+    const int64_t width = count + 2 * channels, wide = width - width % Isa::lanes, whole = count - count % Isa::lanes;
+    for (int64_t i = 0; i < wide; i += Isa::lanes) Isa::store(line + i, across(rows, i));
+    if (wide < width) {
+      T rest[9][Isa::lanes] = {};
+      const T* ends[9];
+      for (int r = 0; r < 9; ++r) {
+        for (int64_t i = wide; i < width; ++i) rest[r][i - wide] = rows[r][i];
+        ends[r] = rest[r];
+      }
+      float last[Isa::lanes];
+      Isa::store(last, across(ends, 0));
+      for (int64_t i = wide; i < width; ++i) line[i] = last[i - wide];
+    }
+    for (int64_t i = 0; i < whole; i += Isa::lanes) Isa::store(y + i, along(line + i, channels));
+    if (whole == count) return;
+    float lines[3 * Isa::lanes] = {};
+    for (int64_t i = whole; i < count; ++i)
+      for (int k = 0; k < 3; ++k) lines[k * Isa::lanes + i - whole] = line[i + k * channels];
+    T rest[Isa::lanes];
+    Isa::store(rest, along(lines, Isa::lanes));
+    for (int64_t i = whole; i < count; ++i) y[i] = rest[i - whole];
   }
 };
 

@@ -223,10 +223,47 @@ void conv_output(const Tensor& y, const OptionalTensor& residual, const Tensor& 
   }
 }
 
+void blur3d(const Tensor& x, const std::vector<int64_t>& pads, const Tensor& out,
+            const std::optional<std::string>& isa_name) {
+  const GroupNormSiluIsa& isa = find_group_norm_silu_isa("blur3d", isa_name);
+  const ScalarType type = out.scalar_type();
+  const Rows from("x", x, type), to("out", out, type);
+  STD_TORCH_CHECK(pads.size() == 6, "blur3d: pads must be 6 numbers, got ", pads.size());
+  STD_TORCH_CHECK(from.size[0] == to.size[0] && from.size[1] == to.size[1],
+                  "blur3d: x and out must have the same samples and channels");
+  int64_t inside[3];
+  for (int i = 0; i < 3; ++i) {
+    const int64_t n = to.size[2 + i], before = pads[2 * i], after = pads[2 * i + 1];
+    inside[i] = n - before - after;
+    STD_TORCH_CHECK(before >= 0 && before <= 1 && after >= 0 && after <= 1 && from.size[2 + i] == inside[i] + 2,
+                    "blur3d: x must have ", inside[i] + 2, " planes for ", n, " of out, got ", from.size[2 + i]);
+    if (inside[i] <= 0) return;
+  }
+  const int64_t channels = from.size[1], count = inside[2] * channels;
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    const T* source = static_cast<const T*>(x.const_data_ptr());
+    T* target = static_cast<T*>(out.mutable_data_ptr());
+    const auto& kernels = kernels_of(isa, zero);
+    torch::stable::parallel_for(0, to.size[0] * inside[0] * inside[1], 1, [&](int64_t begin, int64_t end) {
+      std::vector<float> line(count + 2 * channels);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t b = i / (inside[0] * inside[1]), d = i / inside[1] % inside[0], h = i % inside[1];
+        const T* rows[9];
+        for (int r = 0; r < 9; ++r) rows[r] = source + from.at(b, d + r / 3, h + r % 3);
+        T* y = target + to.at(b, d + pads[0], h + pads[2]) + pads[4] * channels;
+        kernels.blur(rows, count, channels, line.data(), y);
+      }
+    });
+  };
+  type == ScalarType::Float ? run(0.0f) : run(uint16_t{});
+}
+
 }  // namespace
 }  // namespace meddiff
 
 STABLE_TORCH_LIBRARY_IMPL(meddiff, CPU, m) {
   m.impl("_conv_input", TORCH_BOX(&meddiff::conv_input));
   m.impl("_conv_output", TORCH_BOX(&meddiff::conv_output));
+  m.impl("_blur3d", TORCH_BOX(&meddiff::blur3d));
 }

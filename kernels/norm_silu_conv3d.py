@@ -260,6 +260,16 @@ def norm_silu_conv3d(
     )
 
 
+def write_tile(y: Tensor, out: Tensor, statistics: Tensor | None) -> None:
+    """Copy a tile y, contiguous in channels-last memory, to `out`, and take its `statistics` as above."""
+    if y.device.type == "cpu" and y.dtype in _FUSED:
+        torch.ops.meddiff._conv_output(_dense(y), None, out, statistics)
+        return
+    out.copy_(y)
+    if statistics is not None:
+        statistics.copy_(_statistics(y))
+
+
 def _nothing(*_: object) -> None:
     """All of these operators only write into their arguments."""
 

@@ -18,12 +18,12 @@ from .norm_silu_conv3d import (
     _FUSED,
     _check_out,
     _check_tile,
-    _dense,
     _nothing,
     _rows,
     _statistics,
     _zeros,
     scratch_tile,
+    write_tile,
 )
 
 
@@ -54,9 +54,20 @@ def _run_on_cpu(
         return
     tile = scratch_tile(x, x.shape[1], [n // 2 + 2 for n in out.shape[2:]])
     torch.ops.meddiff._conv_input(_rows(x), None, None, False, False, [0] * 3, pads, tile)
-    y = _dense(F.conv_transpose3d(tile, weight, bias, stride=2, padding=3))
+    y = F.conv_transpose3d(tile, weight, bias, stride=2, padding=3)
     del tile
-    torch.ops.meddiff._conv_output(y, None, out, statistics)
+    write_tile(y, out, statistics)
+
+
+def nearest_up_weight(weight: Tensor) -> Tensor:
+    """Of a transposed convolution that is a nearest doubling and a convolution with zero padding 1 behind it.
+
+    Of each three planes of the kernel two meet the same input plane. weight: [O, C, 3, 3, 3]; returns [C, O, 4, 4, 4],
+    summed in float32 at least.
+    """
+    kind = torch.promote_types(weight.dtype, torch.float32)
+    taps = torch.tensor([[0, 0, 1], [0, 1, 1], [1, 1, 0], [1, 0, 0]], dtype=kind, device=weight.device)
+    return torch.einsum("ocxyz,ix,jy,kz->coijk", weight.to(kind), taps, taps, taps).to(weight.dtype)
 
 
 def up_conv3d_of_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -6,11 +6,12 @@
 from meddiff.decode.chain import UnsupportedLayer, layers_of, tiled_decode
 from meddiff.decode.chain import plan_decoder as plan
 from meddiff.decode.joint import OnSlab, decode_jointly
-from meddiff.decode.layers import Attention, Conv, Interpolate, Layer, Norm, UpConv
+from meddiff.decode.layers import Attention, Blur, Conv, Interpolate, Layer, Norm, UpConv
 from meddiff.decode.plan import Plan, make_plan
 
 __all__ = [
     "Attention",
+    "Blur",
     "Conv",
     "Interpolate",
     "Layer",

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from meddiff.decode.joint import decode_jointly
-from meddiff.decode.layers import Attention, Conv, Interpolate, Layer, Norm, UpConv
+from meddiff.decode.layers import Attention, Blur, Conv, Interpolate, Layer, Norm, UpConv
 from meddiff.decode.plan import Plan, make_plan
+from meddiff.kernels.up_conv3d import nearest_up_weight
 
 
 class UnsupportedLayer(ValueError):
@@ -28,7 +29,8 @@ def layers_of(decoder: nn.Module) -> list[Layer]:
             (`conv`, `use_convtranspose`), as MONAI's autoencoders have them.
 
     Returns:
-        Layers for `make_plan` and `decode_jointly`, with the decoder's own parameters in them.
+        Layers for `make_plan` and `decode_jointly`, with the decoder's own parameters in them. A doubling and the
+        convolution 3³ behind it are a transposed convolution with a weight of its own.
 
     Raises:
         UnsupportedLayer: for anything else, and for an order that is none of norm, SiLU, doubling, convolution.
@@ -131,8 +133,16 @@ class _Chain:
         plain = conv.stride == conv.dilation == (1, 1, 1) and conv.groups == 1 and conv.padding_mode == "zeros"
         if not plain or (conv.kernel_size, conv.padding) not in (((3, 3, 3), (1, 1, 1)), ((1, 1, 1), (0, 0, 0))):
             _refuse(path, conv, f"must be 3³ with zero padding 1, or 1³, and is {conv}")
-        layer = Conv(path, len(self.layers), conv.weight, conv.bias, self.norm, self.silu, self.upsample)
-        self.layers.append(layer)
+        pure = conv.kernel_size == (3, 3, 3) and self.norm is None and not self.silu
+        if pure and self.upsample:
+            self.layers.append(UpConv(path, len(self.layers), _nearest(conv), conv.bias))
+        elif pure and self.layers and isinstance(self.layers[-1], Interpolate):
+            doubling = self.layers.pop()
+            self.layers.append(UpConv(doubling.name, doubling.source, _nearest(conv), conv.bias, replicate=True))
+            self.layers.append(Blur(path, len(self.layers), doubling.source, conv.weight, conv.bias))
+        else:
+            layer = Conv(path, len(self.layers), conv.weight, conv.bias, self.norm, self.silu, self.upsample)
+            self.layers.append(layer)
         self.norm, self.silu, self.upsample = None, False, False
 
     def _add_transposed(self, conv: nn.ConvTranspose3d, path: str) -> None:
@@ -196,6 +206,11 @@ class _Chain:
             attn.num_heads,
         )  # fmt: skip
         self.layers.append(layer)
+
+
+@torch.no_grad()
+def _nearest(conv: nn.Conv3d) -> Tensor:
+    return nearest_up_weight(conv.weight)
 
 
 def _norm(norm: nn.GroupNorm, path: str) -> Norm:

@@ -18,10 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from meddiff.decode.layers import Attention, Conv, Interpolate, Layer, Norm, UpConv
+from meddiff.decode.layers import Attention, Blur, Conv, Interpolate, Layer, Norm, UpConv
 from meddiff.decode.plan import PARKED, RECOMPUTED, Pass, Plan, make_plan, window_planes
+from meddiff.kernels.blur3d import blur3d
 from meddiff.kernels.group_norm_silu import group_norm_silu
-from meddiff.kernels.norm_silu_conv3d import norm_silu_conv3d, scratch_tile
+from meddiff.kernels.norm_silu_conv3d import conv3d, norm_silu_conv3d, scratch_tile, write_tile
 from meddiff.kernels.up_conv3d import up_conv3d
 from meddiff.progress import counted
 
@@ -248,6 +249,8 @@ class _Decoder:
         for t in (p.target, *computed):
             layer = self.layers[t - 1]
             yield layer.source
+            if isinstance(layer, Blur):
+                yield layer.origin
             if t in p.merged:
                 yield self.layers[layer.residual - 1].source
             elif layer.residual is not None:
@@ -320,9 +323,11 @@ class _Decoder:
         """Planes start … stop of tensor t, into out [1, O, n, H, W], tile by tile."""
         layer, (_, height, width) = self.layers[t - 1], self.plan.shapes[t].size(self.plan.size)
         if isinstance(layer, UpConv):
-            write = partial(self._write_up, layer.source, layer.weight, layer.bias, t, (start, stop))
+            write = partial(self._write_up, layer.source, layer.weight, layer.bias, layer.replicate, t, (start, stop))
         elif isinstance(layer, Interpolate):
-            write = partial(self._interpolate, layer.source, t, (start, stop))
+            write = partial(self._interpolate, layer.source, (start, stop))
+        elif isinstance(layer, Blur):
+            write = partial(self._blur, layer, t, (start, stop))
         else:
             write = self._conv_writer(p, t, start, stop)
         for h, w in product(_parts(height, p.tile[0]), _parts(width, p.tile[1])):
@@ -338,6 +343,7 @@ class _Decoder:
         source: int,
         weight: Tensor,
         bias: Tensor | None,
+        replicate: bool,
         t: int,
         d: tuple[int, int],
         h: tuple[int, int],
@@ -346,16 +352,53 @@ class _Decoder:
         statistics: Tensor | None,
     ) -> None:
         """One tile of a transposed convolution to the size of tensor t; it begins and ends at even planes."""
-        places, pads = [], []
-        for (first, last), n in zip((d, h, w), self.plan.shapes[t].size(self.plan.size)):
-            places.append((max(first // 2 - 1, 0), min(last // 2 + 1, n // 2)))
-            pads += [int(first == 0), int(last == n)]
-        x = self._planes(source, *places[0])[:, :, :, slice(*places[1]), slice(*places[2])]
+        around = [(first // 2 - 1, last // 2 + 1) for first, last in (d, h, w)]
+        if replicate:
+            x, pads = self._repeated(source, around, 1), [0] * 6
+        else:
+            x, pads = self._padded(source, around)
         up_conv3d(x, weight, bias, pads, out, statistics)
 
     def _interpolate(
         self,
         source: int,
+        d: tuple[int, int],
+        h: tuple[int, int],
+        w: tuple[int, int],
+        out: Tensor,
+        statistics: Tensor | None,
+    ) -> None:
+        """One tile of a trilinear doubling."""
+        write_tile(self._interpolated(source, (d, h, w)), out, statistics)
+
+    def _interpolated(self, source: int, box: Sequence[tuple[int, int]]) -> Tensor:
+        """A part of a trilinear doubling, which is a blurred nearest doubling."""
+        nearest = self._repeated(source, [(first - 1, last + 1) for first, last in box], 2)
+        out = scratch_tile(nearest, nearest.shape[1], [last - first for first, last in box])
+        blur3d(nearest, [0] * 6, out)
+        return out
+
+    def _repeated(self, source: int, box: Sequence[tuple[int, int]], zoom: int) -> Tensor:
+        """A part of a tensor, each plane `zoom` times, that goes on beyond the border with the outermost planes."""
+        size = self.plan.shapes[source].size(self.plan.size)
+        chosen = [[min(max(i // zoom, 0), n - 1) for i in range(*planes)] for planes, n in zip(box, size)]
+        places = [(planes[0], planes[-1] + 1) for planes in chosen]
+        x = self._planes(source, *places[0])[:, :, :, slice(*places[1]), slice(*places[2])].permute(0, 2, 3, 4, 1)
+        for axis, planes in enumerate(chosen, 1):
+            if len(planes) != x.shape[axis]:
+                x = x.index_select(axis, torch.tensor(planes, device=x.device) - planes[0])
+        return x.permute(0, 4, 1, 2, 3)
+
+    def _padded(self, source: int, box: Sequence[tuple[int, int]]) -> tuple[Tensor, list[int]]:
+        """What there is of a part of a tensor, and the planes that it lacks: before D, after D, before H, …"""
+        size = self.plan.shapes[source].size(self.plan.size)
+        places = [(max(first, 0), min(last, n)) for (first, last), n in zip(box, size)]
+        pads = [n for (first, last), place in zip(box, places) for n in (place[0] - first, last - place[1])]
+        return self._planes(source, *places[0])[:, :, :, slice(*places[1]), slice(*places[2])], pads
+
+    def _blur(
+        self,
+        layer: Blur,
         t: int,
         d: tuple[int, int],
         h: tuple[int, int],
@@ -363,18 +406,23 @@ class _Decoder:
         out: Tensor,
         statistics: Tensor | None,
     ) -> None:
-        """One tile of a trilinear doubling that gives tensor t its size. What the halo of one becomes is dropped; where
-        the volume ends there is none, and the last number is repeated, as in the whole."""
-        places, kept = [], []
-        for (first, last), n in zip((d, h, w), self.plan.shapes[t].size(self.plan.size)):
-            before = max(first // 2 - 1, 0)
-            places.append((before, min((last + 1) // 2 + 1, n // 2)))
-            kept.append(slice(first - 2 * before, last - 2 * before))
-        x = self._planes(source, *places[0])[:, :, :, slice(*places[1]), slice(*places[2])]
-        out.copy_(F.interpolate(x, scale_factor=2.0, mode="trilinear")[(..., *kept)])
-        if statistics is not None:
-            variance, mean = torch.var_mean(out.double(), dim=(2, 3, 4), correction=0)
-            statistics.copy_(torch.stack([mean, variance * out[0, 0].numel()], dim=1))
+        """One tile of a convolution of a trilinear doubling: the volume's outermost voxels, then what is inside."""
+        box, size = (d, h, w), self.plan.shapes[t].size(self.plan.size)
+        y = scratch_tile(out, layer.channels, out.shape[2:])
+        for axis, ((first, last), n) in enumerate(zip(box, size)):
+            for plane in {0, n - 1} & {first, last - 1}:
+                part = y.narrow(2 + axis, plane - first, 1)
+                part.copy_(self._border(layer, size, (*box[:axis], (plane, plane + 1), *box[axis + 1 :])))
+        blur3d(*self._padded(layer.source, [(first - 1, last + 1) for first, last in box]), y)
+        write_tile(y, out, statistics)
+
+    def _border(self, layer: Blur, size: Sequence[int], box: Sequence[tuple[int, int]]) -> Tensor:
+        """A part of a convolution of a trilinear doubling, as it is defined."""
+        around, pads = [], []
+        for (first, last), n in zip(box, size):
+            around.append((max(first - 1, 0), min(last + 1, n)))
+            pads = [int(first == 0), int(last == n), *pads]
+        return conv3d(F.pad(self._interpolated(layer.origin, around), pads), layer.weight, layer.bias)
 
     def _conv_writer(self, p: Pass, t: int, start: int, stop: int) -> Callable:
         """What writes a tile of these planes: write(its place along H, along W, out, statistics)."""
@@ -414,7 +462,8 @@ class _Decoder:
         first, last = d[0] - d[0] % 2, d[1] + d[1] % 2
         size = (last - first, h[1] - h[0], w[1] - w[0])
         out = scratch_tile(self.z, self.layers[t - 1].channels, size)
-        self._write_up(self.layers[wide - 1].source, *self.merged[t], wide, (first, last), h, w, out, None)
+        source, replicate = self.layers[wide - 1].source, self.layers[wide - 1].replicate
+        self._write_up(source, *self.merged[t], replicate, wide, (first, last), h, w, out, None)
         return out[:, :, d[0] - first : d[1] - first]
 
     def _attend(self, p: Pass, layer: Attention, out: Tensor, moments: _Moments | None) -> None:

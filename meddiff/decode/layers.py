@@ -54,12 +54,16 @@ class Conv:
 
 @dataclass(frozen=True, eq=False)
 class UpConv:
-    """Transposed convolution 4³ with stride 2 and padding 1; weight [C, O, 4, 4, 4]."""
+    """Transposed convolution 4³ with stride 2 and padding 1; weight [C, O, 4, 4, 4].
+
+    replicate: beyond the border the source goes on with its outermost voxels, instead of zeros.
+    """
 
     name: str
     source: int
     weight: Tensor
     bias: Tensor | None = None
+    replicate: bool = False
 
     norm = residual = residual_weight = None
     doubles = True
@@ -106,7 +110,31 @@ class Interpolate:
     doubles = True
 
 
-Layer = Conv | UpConv | Interpolate | Attention
+@dataclass(frozen=True, eq=False)
+class Blur:
+    """A convolution of a trilinear doubling, made of the same convolution of the nearest doubling: see
+    `meddiff.kernels.blur3d`.
+
+    source: an `UpConv` with `nearest_up_weight`, that replicates.
+    origin: the tensor that is doubled, of which the outermost voxels are made.
+    weight: [O, C, 3, 3, 3]; bias [O] or none: of the convolution, which is with zero padding 1.
+    """
+
+    name: str
+    source: int
+    origin: int
+    weight: Tensor
+    bias: Tensor | None = None
+
+    norm = residual = residual_weight = None
+    doubles = False
+
+    @property
+    def channels(self) -> int:
+        return self.weight.shape[0]
+
+
+Layer = Conv | UpConv | Interpolate | Blur | Attention
 
 
 @dataclass(frozen=True)
@@ -135,6 +163,8 @@ def shapes(layers: Sequence[Layer], channels: int) -> list[Shape]:
             wanted = layer.channels
         elif isinstance(layer, UpConv):
             wanted = layer.weight.shape[0]
+        elif isinstance(layer, Blur):
+            wanted = layer.channels
         else:
             wanted = (layer.qkv_weight if isinstance(layer, Attention) else layer.weight).shape[1]
         if wanted != source.channels:

@@ -22,7 +22,7 @@ from itertools import product
 
 import torch
 
-from meddiff.decode.layers import Attention, Conv, Interpolate, Layer, Shape, UpConv, shapes
+from meddiff.decode.layers import Attention, Blur, Conv, Interpolate, Layer, Shape, UpConv, shapes
 
 KEPT, ROLLING, RECOMPUTED, PARKED = "kept", "rolling", "recomputed", "parked"
 # (planes of a slab, voxels of a tile), from the fastest to the smallest
@@ -334,6 +334,8 @@ class _Planner:
         def visit(s: int) -> None:
             layer = self.layer(s)
             read(layer.source)
+            if isinstance(layer, Blur):
+                read(layer.origin)
             if layer.residual_weight is not None:
                 shortcuts.append(s)
             elif layer.residual is not None:
@@ -387,7 +389,11 @@ class _Planner:
             tokens = self.shapes[t].voxels(self.size)
             return (2 * source + 5 * layer.out_weight.shape[1]) * tokens * self.itemsize
         if isinstance(layer, UpConv):
-            return (source * (d // 2 + 2) * (h // 2 + 2) * (w // 2 + 2) + y) * self.itemsize
+            taken = source * (d // 2 + 2) * (h // 2 + 2) * (w // 2 + 2)
+            return ((1 + layer.replicate) * taken + y) * self.itemsize
+        if isinstance(layer, Blur):  # and a plane of the border: of its doubled source, and of what that gives
+            taken, plane = self.shapes[layer.origin].channels, max(h * w, d * max(h, w))
+            return (y + 4 * taken * plane + layer.channels * plane) * self.itemsize
         if isinstance(layer, Interpolate):
             return source * (d + 4) * (h + 4) * (w + 4) * self.itemsize
         halo = layer.weight.shape[2] - 1
@@ -423,6 +429,10 @@ class _Planner:
             return 2.0 * voxels * (layer.qkv_weight.numel() + layer.out_weight.numel())
         if isinstance(layer, Interpolate):
             return 16.0 * voxels * layer.channels  # eight numbers, weighted
+        if isinstance(layer, Blur):  # the weight's share of the voxels is the border
+            size = self.shapes[self.layers.index(layer) + 1].size(self.size)
+            border = voxels - math.prod(max(n - 2, 0) for n in size)
+            return 2.0 * (border * layer.weight.numel() + voxels * 12 * layer.channels)
         per_voxel = layer.weight.numel() // 8 if isinstance(layer, UpConv) else layer.weight.numel()
         if merged:
             per_voxel += 8 * layer.channels * self.layer(layer.residual).weight.shape[0]

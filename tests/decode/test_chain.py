@@ -7,8 +7,18 @@ import torch
 from torch import nn
 
 import meddiff
-from meddiff.decode import UnsupportedLayer, decode_jointly, layers_of, make_plan, plan, tiled_decode
-from meddiff.decode.plan import RECOMPUTED, Plan, _Planner
+from meddiff.decode import (
+    Blur,
+    Conv,
+    UnsupportedLayer,
+    UpConv,
+    decode_jointly,
+    layers_of,
+    make_plan,
+    plan,
+    tiled_decode,
+)
+from meddiff.decode.plan import KEPT, RECOMPUTED, Plan, _Planner
 
 CPU = torch.device("cpu")
 
@@ -57,6 +67,31 @@ def test_any_size_in_the_least_memory(kind, size, relative_error):
     wanted = module(z)
     for budget in (None, least(layers, z)):
         assert relative_error(decode_jointly(layers, z, budget), wanted) < 1e-5
+
+
+@pytest.mark.parametrize("kind", [KEPT, RECOMPUTED])
+@pytest.mark.parametrize("cut", [(1, 8), (2, 40), (4, 2**16)])
+@pytest.mark.parametrize("decoder", ["nearest", "trilinear", "trilinear, then norm"])
+def test_doublings_in_every_kind_of_plan(decoder, cut, kind, relative_error):
+    torch.manual_seed(0)
+    module, z = DECODERS[decoder](), torch.randn(1, 4, 4, 3, 5)
+    layers = layers_of(module)
+    plan = _Planner(layers, tuple(z.shape[2:]), 1, z.shape[1], z.dtype, CPU, False)
+    free = [t for t in plan.segments[-1] if t not in plan.doubled and t != plan.last]
+    parts = [plan._candidate(segment, {}, cut) for segment in plan.segments[:-1]]
+    parts.append(plan._candidate(plan.segments[-1], dict.fromkeys(free, kind), cut))
+    plan._best = lambda segment, budget: (parts[plan.segments.index(segment)],) * 2
+    assert relative_error(decode_jointly(layers, z, plan=plan.make(float("inf"))), module(z)) < 1e-5
+
+
+def test_a_doubling_costs_the_products_of_a_transposed_convolution():
+    convolution = conv(8, 8)
+    for mode, blurs in (("nearest", 0), ("trilinear", 1)):
+        module = nn.Sequential(conv(4, 8), nn.Upsample(scale_factor=2, mode=mode), convolution)
+        assert [type(layer) for layer in layers_of(module)] == [Conv, UpConv] + [Blur] * blurs
+        planned = plan(module, (1, 4, 32, 32, 32))
+        up = 2 * 8 * 8 * 8 * 64**3
+        assert planned.passes[1].flops == up and planned.flops < 1.6 * up  # instead of 27/8
 
 
 def test_interpolated_tensors_are_recomputed_where_memory_is_short(relative_error):
