@@ -89,9 +89,9 @@ def test_a_doubling_costs_the_products_of_a_transposed_convolution():
     for mode, blurs in (("nearest", 0), ("trilinear", 1)):
         module = nn.Sequential(conv(4, 8), nn.Upsample(scale_factor=2, mode=mode), convolution)
         assert [type(layer) for layer in layers_of(module)] == [Conv, UpConv] + [Blur] * blurs
-        planned = plan(module, (1, 4, 32, 32, 32))
-        up = 2 * 8 * 8 * 8 * 64**3
-        assert planned.passes[1].flops == up and planned.flops < 1.6 * up  # instead of 27/8
+        planned = plan(module, (1, 4, 64, 64, 64))
+        up = 2 * 8 * 8 * 8 * 128**3
+        assert planned.passes[1].flops == up and planned.flops < 1.7 * up  # instead of more than 27/8
 
 
 def test_interpolated_tensors_are_recomputed_where_memory_is_short(relative_error):
