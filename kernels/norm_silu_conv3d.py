@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .linear import linear
+
 _FUSED = (torch.float32, torch.bfloat16)  # on the CPU
 _FEW_VOXELS, _LARGE_WEIGHT = 64, 2**20
 
@@ -94,7 +96,7 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padd
     if x.device.type == "cpu" and strides_to_one_column(x, weight, stride, padding):
         return conv3d(F.pad(x, (0, stride)), weight, bias, stride, padding, least)[..., :1]
     if weight.shape[2] == stride == 1 and padding == 0:
-        return F.linear(x.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
+        return linear(x.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
     if weight_outweighs(x, weight, stride):
         return _unfolded_conv3d(x, weight, bias, stride, padding)
     if (

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from meddiff.kernels.group_norm_silu import group_norm_silu
+from meddiff.kernels.linear import linear
 from meddiff.kernels.norm_silu_conv3d import conv3d, strides_to_one_column, weight_outweighs
 from meddiff.kernels.up_conv3d import up_conv3d_of_few
 
@@ -53,6 +54,11 @@ class Conv3d(_ChannelsLast, nn.Conv3d):
         if _by_pytorch():
             return super()._conv_forward(x, weight, bias)
         return conv3d(x, weight, bias, self.stride[0], self.padding[0], _LEAST)
+
+
+class Linear(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if _by_pytorch() else linear(x, self.weight, self.bias)
 
 
 class ConvTranspose3d(_ChannelsLast, nn.ConvTranspose3d):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from meddiff.kernels.adaln import gate_residual, gate_residual_layer_norm_modulate, layer_norm_modulate
 from meddiff.kernels.gelu import gelu_
 from meddiff.kernels.window_attention import window_attention
+from meddiff.models.blocks import Linear
 
 _NORM_EPS = 1e-6
 
@@ -42,8 +43,8 @@ class SubVolumeAttention(nn.Module):
         super().__init__()
         self.heads = heads
         self.window = window  # tokens per axis of a sub-volume
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(window_attention(self.qkv(x), self.heads, self.window))
@@ -52,8 +53,8 @@ class SubVolumeAttention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.fc2(gelu_(self.fc1(x)))
@@ -67,7 +68,7 @@ class DiTBlock(nn.Module):
     ) -> None:
         super().__init__()
         if skip:
-            self.skip_linear = nn.Linear(2 * dim, dim)
+            self.skip_linear = Linear(2 * dim, dim)
         self.attn = SubVolumeAttention(dim, heads, window)
         self.mlp = Mlp(dim, mlp_ratio * dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, 6 * dim))
@@ -86,7 +87,7 @@ class FinalLayer(nn.Module):
 
     def __init__(self, dim: int, condition_dim: int, token_patch: int) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, token_patch**3 * dim)
+        self.linear = Linear(dim, token_patch**3 * dim)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, 2 * dim))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
