@@ -122,12 +122,17 @@ def strides_to_one_column(x: Tensor, weight: Tensor, stride: int, padding: int) 
 
 def _unfolded_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int, padding: int) -> Tensor:
     """As one product, in the order in which the weight lies in memory."""
+    batch, channels = x.shape[:2]
     windows = F.pad(x, [padding] * 6).permute(0, 2, 3, 4, 1)
     for axis in (1, 2, 3):
         windows = windows.unfold(axis, weight.shape[2], stride)  # [B, D, H, W, C, k, k, k] in the end
+    size = windows.shape[1:4]
+    rows = windows.movedim(4, 7).reshape(batch, *size, -1, channels)  # channel by channel this would take longer
     if weight.stride(1) == 1:
-        windows, weight = windows.permute(0, 1, 2, 3, 5, 6, 7, 4), weight.permute(0, 2, 3, 4, 1)
-    return F.linear(windows.flatten(4), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
+        weight = weight.permute(0, 2, 3, 4, 1)
+    else:
+        rows = rows.mT
+    return linear(rows.reshape(batch, *size, -1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
 
 
 def _run_ref(x: Tensor, *arguments) -> None:

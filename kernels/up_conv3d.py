@@ -7,7 +7,6 @@ scratch tile.
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import torch
@@ -71,27 +70,28 @@ def nearest_up_weight(weight: Tensor) -> Tensor:
 
 
 def up_conv3d_of_few(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The whole of a volume of few voxels: for each of the eight places of an output voxel above its input voxel, the
-    product of the inputs around it and an eighth of the weight.
+    """The whole of a volume of few voxels: one product with the weight as it lies in memory gives each input voxel's
+    4³ outputs, which are added up, an axis at a time.
 
-    For inference, with a weight so large that oneDNN's copy of it would take more memory than all else.
+    For inference, with a weight so large that oneDNN's copy of it would take more time and memory than all else.
     Returns [B, O, 2D, 2H, 2W] in channels-last memory.
     """
-    batch, channels, *size = x.shape
-    windows = F.pad(x, [1] * 6).permute(0, 2, 3, 4, 1)
-    for axis in (1, 2, 3):
-        windows = windows.unfold(axis, 2, 1)
-    windows = windows.movedim(4, 7)  # [B, D + 1, H + 1, W + 1, 2, 2, 2, C]
-    planes = weight.permute(2, 3, 4, 0, 1)
-    out = x.new_empty((batch, size[0], 2, size[1], 2, size[2], 2, weight.shape[1]))
-    for place in itertools.product((0, 1), repeat=3):
-        d, h, w = (slice(i, i + n) for i, n in zip(place, size))
-        around = windows[:, d, h, w].reshape(-1, 8 * channels)
-        d, h, w = (slice(1 - i, None, 2) for i in place)  # of the kernel, the last plane is the first input's
-        eighth = planes[d, h, w].flip(0, 1, 2).reshape(8 * channels, -1)
-        y = around @ eighth if bias is None else torch.addmm(bias, around, eighth)
-        out[:, :, place[0], :, place[1], :, place[2]] = y.view(batch, *size, -1)
-    return out.view(batch, *(2 * n for n in size), -1).permute(0, 4, 1, 2, 3)
+    last = weight.stride(1) == 1
+    planes = (weight.permute(0, 2, 3, 4, 1) if last else weight).flatten(1)
+    rows = x.permute(0, 2, 3, 4, 1)
+    y = (rows.reshape(-1, x.shape[1]) @ planes).view(*rows.shape[:4], *((4, 4, 4, -1) if last else (-1, 4, 4, 4)))
+    if not last:
+        y = y.movedim(4, 7).contiguous()
+    for axis in (1, 2, 3):  # y [B, …, the axes' planes of the kernel that are left, O]
+        n = y.shape[axis]
+        near, far = (part.movedim(4, axis + 1).flatten(axis, axis + 1) for part in y.split(2, dim=4))
+        shape = list(near.shape)
+        shape[axis] += 2  # a plane before the volume, and one behind it
+        total = near.new_zeros(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+        total.narrow(axis, 0, 2 * n).copy_(near)
+        total.narrow(axis, 2, 2 * n).add_(far)
+        y = total.narrow(axis, 1, 2 * n)
+    return (y if bias is None else y + bias).to(x.dtype).contiguous().permute(0, 4, 1, 2, 3)
 
 
 def up_conv3d(
