@@ -29,7 +29,7 @@ GENCODE = {f"sm{gpu}": f"-gencode 'arch=compute_{gpu},code=[{code}]'" for gpu, c
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
 ISA_FLAGS = {"avx2": "-mavx2 -mfma", "avx512": AVX512}  # of csrc/*_<isa>.cpp
 FILE_FLAGS = ISA_FLAGS | GENCODE  # csrc/*_<gpu>.cu is compiled for that alone
-CPU_KERNELS = ["adaln", "group_norm_silu", "vq_nearest", "window_attention"]
+CPU_KERNELS = ["adaln", "group_norm_silu", "vq_nearest", "window_attention", "winograd"]
 CPU_SOURCES = [f"csrc/{op}{part}.cpp" for op in CPU_KERNELS for part in ("", "_portable")]
 CPU_SOURCES += ["csrc/bindings.cpp", "csrc/gelu.cpp", "csrc/norm_silu_conv3d.cpp", "csrc/vq_fused.cpp"]
 if os.uname().machine == "x86_64":

@@ -68,6 +68,8 @@ STABLE_TORCH_LIBRARY(meddiff, m) {
       "Tensor(a!) out, str? isa=None) -> ()");
   m.def(
       "_conv_output(Tensor(a!) y, Tensor? residual, Tensor(b!) out, Tensor(c!)? statistics, str? isa=None) -> ()");
+  // float32 x [B, D + 2, H + 2, W + 2, C], taps [27, C, O], bias [O] -> y [B, D, H, W, O], written
+  m.def("_winograd_conv3d(Tensor x, Tensor taps, Tensor? bias, Tensor(a!) y, str? isa=None) -> ()");
   // out [B, C, D, H, W] is x with weights (1, 2, 1)/4 along three axes; where a pad is 1, x ends with out, whose
   // outermost plane there is left alone
   m.def("_blur3d(Tensor x, int[] pads, Tensor(a!) out, str? isa=None) -> ()");

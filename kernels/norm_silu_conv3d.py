@@ -3,10 +3,10 @@
 x is a tile of a volume with its halo, scale and shift are a GroupNorm whose statistics are known, folded to one pair of
 numbers per sample and channel: scale = weight / √(var + eps), shift = bias − mean·scale. Zeros are added AFTER norm and
 SiLU, where the volume ends. The statistics of what is written are those that the next norm needs. On the CPU the
-convolution is oneDNN's, on a scratch tile, and C++ fills that tile and empties it. On a GPU it is csrc/conv3d_march.h;
-where that is not built, CUDA tensors take the plain PyTorch code. For compute capability 9.0 there is
-csrc/conv3d_wgmma.h as well; until it has been timed, nothing but the private operator _norm_silu_conv3d_wgmma, which
-has the same arguments, goes there.
+convolution is oneDNN's, or `winograd_conv3d` in float32, on a scratch tile, and C++ fills that tile and empties it. On
+a GPU it is csrc/conv3d_march.h; where that is not built, CUDA tensors take the plain PyTorch code. For compute
+capability 9.0 there is csrc/conv3d_wgmma.h as well; until it has been timed, nothing but the private operator
+_norm_silu_conv3d_wgmma, which has the same arguments, goes there.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .linear import linear
+from .winograd import winograd_conv3d, winograd_pays
 
 _FUSED = (torch.float32, torch.bfloat16)  # on the CPU
 _FEW_VOXELS, _LARGE_WEIGHT = 64, 2**20
@@ -87,8 +88,8 @@ def scratch_tile(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0, least: int = 0) -> Tensor:
-    """F.conv3d without the cases where PyTorch unfolds float32 tensors on the CPU: it takes oneDNN by the number of
-    voxels and threads, and not for a 1³ kernel, which in channels-last memory is a product.
+    """F.conv3d, on the CPU by a faster way where there is one: Winograd's for 3³ kernels in float32, a product for 1³
+    kernels, and oneDNN where PyTorch would unfold float32 tensors, by their number of voxels and threads.
 
     For inference: callers record no gradient, and there is no autocast. With a larger kernel an x of fewer than `least`
     numbers is left to PyTorch.
@@ -97,6 +98,8 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padd
         return conv3d(F.pad(x, (0, stride)), weight, bias, stride, padding, least)[..., :1]
     if weight.shape[2] == stride == 1 and padding == 0:
         return linear(x.permute(0, 2, 3, 4, 1), weight.flatten(1), bias).permute(0, 4, 1, 2, 3)
+    if stride == 1 and padding <= 1 and winograd_pays(x, weight, padding):
+        return winograd_conv3d(x, weight, bias, padding)
     if weight_outweighs(x, weight, stride):
         return _unfolded_conv3d(x, weight, bias, stride, padding)
     if (

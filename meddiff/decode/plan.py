@@ -23,6 +23,7 @@ from itertools import product
 import torch
 
 from meddiff.decode.layers import Attention, Blur, Conv, Interpolate, Layer, Shape, UpConv, shapes
+from meddiff.kernels.winograd import winograd_bytes, winograd_suits
 
 KEPT, ROLLING, RECOMPUTED, PARKED = "kept", "rolling", "recomputed", "parked"
 # (planes of a slab, voxels of a tile), from the fastest to the smallest
@@ -403,7 +404,10 @@ class _Planner:
             extra = layer.channels * (d + 2) * h * w
         elif layer.residual_weight is not None:
             taken = max(taken, (layer.residual_weight.shape[1] + layer.channels) * d * h * w)
-        return (y + taken + extra) * self.itemsize
+        by_points = 0
+        if self.device.type != "cuda" and self.dtype == torch.float32 and winograd_suits(*layer.weight.shape[:3]):
+            by_points = winograd_bytes(*layer.weight.shape[:2])
+        return (y + taken + extra) * self.itemsize + by_points
 
     def _cost(self, t, windows, merged, storage, planes: int, tile: tuple[int, int]) -> tuple[float, float]:
         rate = self.figures.flops.get(self.dtype, self.figures.flops[torch.float32])
