@@ -323,7 +323,7 @@ class _Decoder:
         """Planes start … stop of tensor t, into out [1, O, n, H, W], tile by tile."""
         layer, (_, height, width) = self.layers[t - 1], self.plan.shapes[t].size(self.plan.size)
         if isinstance(layer, UpConv):
-            write = partial(self._write_up, layer.source, layer.weight, layer.bias, layer.replicate, t, (start, stop))
+            write = partial(self._write_up, layer.source, layer.weight, layer.bias, layer.replicate, (start, stop))
         elif isinstance(layer, Interpolate):
             write = partial(self._interpolate, layer.source, (start, stop))
         elif isinstance(layer, Blur):
@@ -344,14 +344,13 @@ class _Decoder:
         weight: Tensor,
         bias: Tensor | None,
         replicate: bool,
-        t: int,
         d: tuple[int, int],
         h: tuple[int, int],
         w: tuple[int, int],
         out: Tensor,
         statistics: Tensor | None,
     ) -> None:
-        """One tile of a transposed convolution to the size of tensor t; it begins and ends at even planes."""
+        """One tile of a transposed convolution; it begins and ends at even planes."""
         around = [(first // 2 - 1, last // 2 + 1) for first, last in (d, h, w)]
         if replicate:
             x, pads = self._repeated(source, around, 1), [0] * 6
@@ -458,12 +457,11 @@ class _Decoder:
         return write
 
     def _merged_shortcut(self, t: int, d: tuple[int, int], h: tuple[int, int], w: tuple[int, int]) -> Tensor:
-        wide = self.layers[t - 1].residual
+        up = self.layers[self.layers[t - 1].residual - 1]
         first, last = d[0] - d[0] % 2, d[1] + d[1] % 2
         size = (last - first, h[1] - h[0], w[1] - w[0])
         out = scratch_tile(self.z, self.layers[t - 1].channels, size)
-        source, replicate = self.layers[wide - 1].source, self.layers[wide - 1].replicate
-        self._write_up(source, *self.merged[t], replicate, wide, (first, last), h, w, out, None)
+        self._write_up(up.source, *self.merged[t], up.replicate, (first, last), h, w, out, None)
         return out[:, :, d[0] - first : d[1] - first]
 
     def _attend(self, p: Pass, layer: Attention, out: Tensor, moments: _Moments | None) -> None:
