@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -19,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from meddiff.resources import StageMeter, available_bytes
+from meddiff.resources import StageMeter, available_bytes, give_back_freed_memory
 from meddiff.sampling.graph import capture
 
 os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # as the command line does; the peers gain as well
@@ -92,13 +91,13 @@ def measure(work: Callable[[], object], device: torch.device, repeats: int, warm
     On a GPU short work is timed as replays of a CUDA graph, as the sampler runs it; `timed` says "graph" then. What
     cannot be captured is timed by the host's clock, its launches included, as long work is.
     """
-    _give_back_freed_memory()
+    give_back_freed_memory()
     meter = StageMeter(device)
     with meter.stage("before"):
         pass
     if warm_up:
         work()
-        _give_back_freed_memory()
+        give_back_freed_memory()
     with meter.stage("warm"):
         pass
     for _ in range(repeats):
@@ -131,12 +130,6 @@ def replay_ms(work: Callable[[], object], device: torch.device) -> list[float] |
         end.record()
     torch.cuda.synchronize(device)
     return [begin.elapsed_time(end) for begin, end in events]
-
-
-def _give_back_freed_memory() -> None:
-    """Return freed memory to the system: what the C library keeps of it counts as resident."""
-    if sys.platform == "linux":
-        getattr(ctypes.CDLL(None), "malloc_trim", lambda _: None)(0)
 
 
 def slug(name: str) -> str:

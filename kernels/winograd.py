@@ -47,7 +47,8 @@ def winograd_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int
     Returns [B, O, …] in channels-last memory.
     Raises RuntimeError for other shapes or dtypes.
     """
-    rows = F.pad(x, [padding] * 6).permute(0, 2, 3, 4, 1).contiguous()
+    x = F.pad(x, [padding] * 6) if padding else x  # which copies x
+    rows = x.permute(0, 2, 3, 4, 1).contiguous()
     taps = weight.permute(2, 3, 4, 1, 0).flatten(0, 2).contiguous()
     y = rows.new_empty(len(rows), *(n - 2 for n in rows.shape[1:4]), len(weight))
     torch.ops.meddiff._winograd_conv3d(rows, taps, None if bias is None else bias.contiguous(), y)

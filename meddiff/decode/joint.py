@@ -25,6 +25,7 @@ from meddiff.kernels.group_norm_silu import group_norm_silu
 from meddiff.kernels.norm_silu_conv3d import conv3d, norm_silu_conv3d, scratch_tile, write_tile
 from meddiff.kernels.up_conv3d import up_conv3d
 from meddiff.progress import counted
+from meddiff.resources import give_back_freed_memory
 
 _log = logging.getLogger(__name__)
 _REPLANNED_SHARE = 0.7  # of what did not fit
@@ -236,6 +237,8 @@ class _Decoder:
                 self._not_finite(p.target)
         for t in [t for t in self.whole if t != p.target and self.last_use.get(t, -1) <= self.done]:
             del self.whole[t]
+        if self.z.device.type == "cpu":
+            give_back_freed_memory()  # holes between tiles, or the next tensor would come on top of them
         self.done += 1
 
     def _not_finite(self, t: int) -> None:
