@@ -1,4 +1,4 @@
-// GroupNorm with scale, shift and SiLU on the CPU, and GELU, written once for all instruction sets. Each
+// GroupNorm with scale, shift and SiLU on the CPU, GELU and a blur, written once for all instruction sets. Each
 // group_norm_silu_<isa>.cpp includes this file, defines a vector type, and is compiled with machine flags of its own.
 // Everything here has internal linkage and calls nothing of the C++ library: of an inline function compiled in several
 // files the linker keeps one copy, and that could be the AVX-512 one.

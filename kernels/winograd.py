@@ -1,6 +1,6 @@
 """Convolution 3³ in float32 on the CPU by Winograd's minimal filtering F(2³, 3³) (Lavin & Gray, CVPR 2016): 64 products
-for each 2³ outputs and pair of channels instead of 216. What rounding takes away is less than in the plain sum, which
-has 27 times as many terms.
+for each 2³ outputs and pair of channels instead of 216. Rounding errs about as in the plain sum, which has 27 times as
+many terms.
 """
 
 from __future__ import annotations
