@@ -68,6 +68,16 @@ STABLE_TORCH_LIBRARY(meddiff, m) {
       "Tensor(a!) out, str? isa=None) -> ()");
   m.def(
       "_conv_output(Tensor(a!) y, Tensor? residual, Tensor(b!) out, Tensor(c!)? statistics, str? isa=None) -> ()");
+  // norm_silu_conv3d and up_conv3d on the CPU in bfloat16, all in one
+  m.def(
+      "_direct_conv3d(Tensor x, Tensor? scale, Tensor? shift, bool silu, Tensor weight, Tensor? bias, int[] pads, "
+      "Tensor? residual, Tensor? residual_weight, Tensor? residual_bias, Tensor(a!) out, Tensor(b!)? statistics, "
+      "str? isa=None) -> ()");
+  m.def(
+      "_direct_up_conv3d(Tensor x, Tensor weight, Tensor? bias, int[] pads, Tensor(a!) out, Tensor(b!)? statistics, "
+      "str? isa=None) -> ()");
+  // those that this processor has, the one in use first; "portable" is for tests
+  m.def("_direct_conv3d_isas() -> str[]");
   // float32 x [B, D + 2, H + 2, W + 2, C], taps [27, C, O], bias [O] -> y [B, D, H, W, O], written
   m.def("_winograd_conv3d(Tensor x, Tensor taps, Tensor? bias, Tensor(a!) y, str? isa=None) -> ()");
   // out [B, C, D, H, W] is x with weights (1, 2, 1)/4 along three axes; where a pad is 1, x ends with out, whose

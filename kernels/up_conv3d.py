@@ -2,7 +2,7 @@
 
 Output plane 2i takes input planes i − 1 (kernel plane 3) and i (1), plane 2i + 1 takes i (2) and i + 1 (0): a tile
 needs one input plane on each side, of zeros where the volume ends. On the CPU the convolution is oneDNN's, on a
-scratch tile.
+scratch tile; in bfloat16 it is csrc/direct_conv3d.cpp where the processor has AMX.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .direct_conv3d import direct_suits
 from .norm_silu_conv3d import (
     _FUSED,
     _check_out,
@@ -50,6 +51,9 @@ def _run_on_cpu(
 ) -> None:
     if x.dtype not in _FUSED or out.numel() == 0:
         _run_ref(x, weight, bias, pads, out, statistics)
+        return
+    if direct_suits(x, weight):
+        torch.ops.meddiff._direct_up_conv3d(_rows(x), weight, bias, pads, out, statistics)
         return
     tile = scratch_tile(x, x.shape[1], [n // 2 + 2 for n in out.shape[2:]])
     torch.ops.meddiff._conv_input(_rows(x), None, None, False, False, [0] * 3, pads, tile)

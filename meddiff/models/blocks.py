@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from meddiff.kernels.direct_conv3d import direct_suits, direct_up_conv3d
 from meddiff.kernels.group_norm_silu import group_norm_silu
 from meddiff.kernels.linear import linear
 from meddiff.kernels.norm_silu_conv3d import conv3d, strides_to_one_column, weight_outweighs
@@ -63,9 +64,13 @@ class Linear(nn.Linear):
 
 class ConvTranspose3d(_ChannelsLast, nn.ConvTranspose3d):
     def forward(self, x: Tensor) -> Tensor:
-        if _by_pytorch() or not weight_outweighs(x, self.weight):
+        if _by_pytorch():
             return super().forward(x)
-        return up_conv3d_of_few(x, self.weight, self.bias)
+        if weight_outweighs(x, self.weight):
+            return up_conv3d_of_few(x, self.weight, self.bias)
+        if direct_suits(x, self.weight):
+            return direct_up_conv3d(x, self.weight, self.bias)
+        return super().forward(x)
 
 
 def conv1(in_channels: int, out_channels: int) -> Conv3d:

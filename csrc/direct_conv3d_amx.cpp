@@ -1,0 +1,170 @@
+#include <immintrin.h>
+
+#include <algorithm>
+
+#include "direct_conv3d.h"
+
+namespace meddiff {
+namespace {
+
+struct alignas(64) TileConfig {
+  uint8_t palette, start_row, reserved[14];
+  uint16_t row_bytes[16];
+  uint8_t rows[16];
+};
+
+// no local variable: to GCC 12 the intrinsic does not read all of it
+constexpr TileConfig kEightTiles = {
+    1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
+
+void begin() { _tile_loadconfig(&kEightTiles); }
+void end() { _tile_release(); }
+
+// to tiles 0 … 3: units × columns of 16 · 4 × 16 · 1, or 16 · 2 × 16 · 2; returns the weight behind what was read
+template <int tiles>
+const uint16_t* multiply(const uint16_t* run, int64_t step, int64_t blocks, const uint16_t* weight) {
+  for (const int64_t bytes = 2 * step; blocks > 0; --blocks, run += 32, weight += 512 * tiles) {
+    _tile_loadd(7, weight, 64);
+    _tile_loadd(4, run, bytes);
+    _tile_loadd(5, run + 16 * step, bytes);
+    if constexpr (tiles == 2) {
+      _tile_loadd(6, weight + 512, 64);
+      _tile_dpbf16ps(0, 4, 7);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_dpbf16ps(2, 5, 7);
+      _tile_dpbf16ps(3, 5, 6);
+    } else {
+      _tile_loadd(6, run + 32 * step, bytes);
+      _tile_dpbf16ps(0, 4, 7);
+      _tile_loadd(4, run + 48 * step, bytes);
+      _tile_dpbf16ps(1, 5, 7);
+      _tile_dpbf16ps(2, 6, 7);
+      _tile_dpbf16ps(3, 4, 7);
+    }
+  }
+  return weight;
+}
+
+__m512 to_float(__m256i numbers) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+}
+
+void add_to(double* sums, __m512 numbers) {
+  _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), _mm512_cvtps_pd(_mm512_castps512_ps256(numbers))));
+  const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(numbers, 1));
+  _mm512_storeu_pd(sums + 8, _mm512_add_pd(_mm512_loadu_pd(sums + 8), high));
+}
+
+// Bias, residual, rounding and statistics of products [count, 16·tiles], whose first column is `column`.
+template <int tiles>
+void finish(const DirectConvRows& rows, const float* products, int64_t first, int64_t count, int64_t column) {
+  __m512 sums[tiles], squares[tiles], pivot[tiles], bias[tiles];
+  for (int t = 0; t < tiles; ++t) {
+    sums[t] = squares[t] = _mm512_setzero_ps();
+    bias[t] = _mm512_loadu_ps(rows.bias + column + 16 * t);
+  }
+  int64_t row = first / rows.units, unit = first % rows.units;
+  bool has_pivot = first > 0;
+  if (rows.pivot && has_pivot)
+    for (int t = 0; t < tiles; ++t) pivot[t] = _mm512_loadu_ps(rows.pivot + column + 16 * t);
+  for (int64_t i = 0; i < count; ++i, ++unit, products += 16 * tiles) {
+    if (unit == rows.units) unit = 0, ++row;
+    const int64_t voxel = unit * rows.group;
+    if (row >= rows.height) break;
+    if (voxel >= rows.width) continue;
+    const int64_t numbers = std::min(rows.group, rows.width - voxel) * rows.outputs - column;
+    const int64_t at = voxel * rows.out_voxel + column;
+    uint16_t* out = rows.out + row * rows.out_row + at;
+    for (int t = 0; t < tiles; ++t) {
+      const int64_t left = std::clamp<int64_t>(numbers - 16 * t, 0, 16);
+      const __mmask16 mask = static_cast<__mmask16>((1u << left) - 1);
+      __m512 value = _mm512_add_ps(_mm512_load_ps(products + 16 * t), bias[t]);
+      if (rows.residual) {
+        const uint16_t* residual = rows.residual + row * rows.residual_row + at + 16 * t;
+        value = _mm512_add_ps(value, to_float(_mm256_maskz_loadu_epi16(mask, residual)));
+      }
+      const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(value));
+      _mm256_mask_storeu_epi16(out + 16 * t, mask, rounded);
+      if (!rows.pivot) continue;
+      value = to_float(rounded);
+      if (!has_pivot) {
+        pivot[t] = _mm512_maskz_mov_ps(mask, value);
+        _mm512_storeu_ps(rows.pivot + column + 16 * t, pivot[t]);
+      }
+      const __m512 difference = _mm512_maskz_sub_ps(mask, value, pivot[t]);
+      sums[t] = _mm512_add_ps(sums[t], difference);
+      squares[t] = _mm512_fmadd_ps(difference, difference, squares[t]);
+    }
+    has_pivot = true;
+  }
+  if (!rows.pivot) return;
+  for (int t = 0; t < tiles; ++t) {
+    add_to(rows.sum + column + 16 * t, sums[t]);
+    add_to(rows.sum_of_squares + column + 16 * t, squares[t]);
+  }
+}
+
+template <int tiles>
+void convolve_columns(const DirectConvRows& rows, const uint16_t* of_columns, int64_t column) {
+  constexpr int64_t kUnits = 64 / tiles, kNext = tiles == 2 ? 16 : 256, kThird = 512, kBytes = 64 * tiles;
+  alignas(64) float products[kUnits * 16 * tiles];
+  const int64_t count = rows.height * rows.units;
+  for (int64_t first = 0; first < count; first += kUnits) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    const uint16_t* weight = of_columns;
+    for (int64_t t = 0; t < rows.taps; ++t)
+      weight = multiply<tiles>(rows.inputs[t] + first * rows.step, rows.step, rows.blocks, weight);
+    if (rows.shortcut)
+      multiply<tiles>(rows.shortcut + first * rows.shortcut_step, rows.shortcut_step, rows.shortcut_blocks, weight);
+    _tile_stored(0, products, kBytes);
+    _tile_stored(1, products + kNext, kBytes);
+    _tile_stored(2, products + kThird, kBytes);
+    _tile_stored(3, products + kThird + kNext, kBytes);
+    finish<tiles>(rows, products, first, std::min(kUnits, count - first), column);
+  }
+}
+
+void convolve(const DirectConvRows& rows) {
+  const int64_t depth = 32 * (rows.taps * rows.blocks + (rows.shortcut ? rows.shortcut_blocks : 0));
+  for (int64_t column = 0; column < rows.columns; column += 32) {
+    const uint16_t* weight = rows.weight + column * depth;
+    rows.columns - column > 16 ? convolve_columns<2>(rows, weight, column)
+                               : convolve_columns<1>(rows, weight, column);
+  }
+}
+
+// A transposition of pairs of numbers.
+void arrange(const uint16_t* from, int64_t column, int64_t columns, int64_t count, uint16_t* tile) {
+  __m512i a[16], b[16];
+  const __mmask32 mask = static_cast<__mmask32>((uint64_t{1} << count) - 1);
+  for (int i = 0; i < 16; ++i)
+    a[i] = i < columns ? _mm512_maskz_loadu_epi16(mask, from + i * column) : _mm512_setzero_si512();
+  for (int i = 0; i < 16; i += 2) {
+    b[i] = _mm512_unpacklo_epi32(a[i], a[i + 1]);
+    b[i + 1] = _mm512_unpackhi_epi32(a[i], a[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      a[i + 2 * j] = _mm512_unpacklo_epi64(b[i + j], b[i + j + 2]);
+      a[i + 2 * j + 1] = _mm512_unpackhi_epi64(b[i + j], b[i + j + 2]);
+    }
+  for (int i = 0; i < 16; i += 8)  // rows 4i … of quarters now, whose quarters change places
+    for (int j = 0; j < 4; ++j) {
+      b[i + j] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0x88);
+      b[i + j + 4] = _mm512_shuffle_i32x4(a[i + j], a[i + j + 4], 0xdd);
+    }
+  for (int j = 0; j < 8; ++j) {
+    const int row = j % 4 + j / 4 * 4;
+    _mm512_storeu_si512(tile + 32 * row, _mm512_shuffle_i32x4(b[j], b[j + 8], 0x88));
+    _mm512_storeu_si512(tile + 32 * (row + 8), _mm512_shuffle_i32x4(b[j], b[j + 8], 0xdd));
+  }
+}
+
+}  // namespace
+
+const DirectConvIsa kDirectConvAmx = {"amx", begin, end, convolve, arrange};
+
+}  // namespace meddiff

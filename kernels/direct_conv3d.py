@@ -1,0 +1,51 @@
+"""Convolution 3³ and transposed convolution 4³ of stride 2 in bfloat16 on processors with AMX (csrc/direct_conv3d.cpp).
+
+Products of tiles of 16 × 32 by 32 × 16 numbers, straight from a few planes of the input that stay in cache. Where there
+are few channels, several voxels along W share a row of the first tile and their outputs are columns of the second one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_HERE = torch.ops.meddiff._direct_conv3d_isas()[0] != "portable"
+_EDGES = (3, 4)  # of the kernels
+
+
+def direct_suits(x: Tensor, weight: Tensor) -> bool:
+    """Whether this is the way to convolve x with a weight [·, ·, k, k, k]; one of 4³ is a transposed convolution's."""
+    return _HERE and x.dtype == torch.bfloat16 and x.device.type == "cpu" and weight.shape[2] in _EDGES
+
+
+def direct_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
+    """F.conv3d(x, weight, bias, padding=padding), summed in float32. No gradient.
+
+    x: bfloat16 [B, C, D, H, W] on the CPU, in channels-last memory; weight: [O, C, 3, 3, 3]; bias: [O] or none; padding
+        0 or 1.
+    Returns [B, O, …] in channels-last memory. Where a number of x is not finite, outputs up to seven voxels further
+    along W may be not finite either.
+    """
+    out = _channels_last(x, len(weight), [n + 2 * padding - 2 for n in x.shape[2:]])
+    pads = [padding] * 6
+    torch.ops.meddiff._direct_conv3d(x, None, None, False, weight, bias, pads, None, None, None, out, None)
+    return out
+
+
+def direct_up_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.conv_transpose3d(x, weight, bias, stride=2, padding=1), as above; weight: [C, O, 4, 4, 4]."""
+    out = _channels_last(x, weight.shape[1], [2 * n for n in x.shape[2:]])
+    torch.ops.meddiff._direct_up_conv3d(x, weight, bias, [1] * 6, out, None)
+    return out
+
+
+def _channels_last(x: Tensor, channels: int, size: list[int]) -> Tensor:
+    return x.new_empty((x.shape[0], *size, channels)).permute(0, 4, 1, 2, 3)
+
+
+def _nothing(*_: object) -> None:
+    """These operators only write into their arguments."""
+
+
+for _operator in ("_direct_conv3d", "_direct_up_conv3d"):
+    torch.library.register_fake(f"meddiff::{_operator}", _nothing)
