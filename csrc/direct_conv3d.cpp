@@ -20,7 +20,7 @@
 namespace meddiff {
 namespace {
 
-constexpr int64_t kCache = 3 << 18;  // bytes of inputs at a time, of a core's second-level cache
+constexpr int64_t kCache = 3 << 18;  // bytes of inputs at a time, in a core's own cache; kernels/direct_conv3d.py has it, too
 
 std::vector<const DirectConvIsa*> isas() {
   std::vector<const DirectConvIsa*> found;

@@ -11,11 +11,23 @@ from torch import Tensor
 
 _HERE = torch.ops.meddiff._direct_conv3d_isas()[0] != "portable"
 _EDGES = (3, 4)  # of the kernels
+_CACHE = 3 * 2**18  # bytes of inputs that a thread of csrc/direct_conv3d.cpp holds
 
 
 def direct_suits(x: Tensor, weight: Tensor) -> bool:
     """Whether this is the way to convolve x with a weight [·, ·, k, k, k]; one of 4³ is a transposed convolution's."""
-    return _HERE and x.dtype == torch.bfloat16 and x.device.type == "cpu" and weight.shape[2] in _EDGES
+    return direct_serves(x.dtype, x.device.type) and weight.shape[2] in _EDGES
+
+
+def direct_serves(dtype: torch.dtype, device: str) -> bool:
+    return _HERE and dtype == torch.bfloat16 and device == "cpu"
+
+
+def direct_bytes(channels: int, outputs: int, edge: int, width: int, extra: int = 0) -> int:
+    """About the scratch of a call, beside its tensors; extra: the channels of the residual where that has a weight."""
+    channels, outputs, extra = (-(-n // 32) * 32 for n in (channels, outputs, extra))
+    planes = max(_CACHE, 9 * 2 * (width + 8) * channels) + 3 * 2 * 64 * channels
+    return 2 * (edge**3 * channels + extra) * outputs + torch.get_num_threads() * (planes + planes * extra // channels)
 
 
 def direct_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:

@@ -23,6 +23,7 @@ from itertools import product
 import torch
 
 from meddiff.decode.layers import Attention, Blur, Conv, Interpolate, Layer, Shape, UpConv, shapes
+from meddiff.kernels.direct_conv3d import direct_bytes, direct_serves
 from meddiff.kernels.winograd import winograd_bytes, winograd_suits
 
 KEPT, ROLLING, RECOMPUTED, PARKED = "kept", "rolling", "recomputed", "parked"
@@ -389,6 +390,9 @@ class _Planner:
         if isinstance(layer, Attention):  # all of it: norm, q, k, v and the heads' output, and what is made of it
             tokens = self.shapes[t].voxels(self.size)
             return (2 * source + 5 * layer.out_weight.shape[1]) * tokens * self.itemsize
+        by_tiles = self.device.type == "cpu" and direct_serves(self.dtype, "cpu")
+        if isinstance(layer, UpConv) and by_tiles and not layer.replicate:
+            return direct_bytes(source, layer.channels, 4, w // 2)
         if isinstance(layer, UpConv):
             taken = source * (d // 2 + 2) * (h // 2 + 2) * (w // 2 + 2)
             return ((1 + layer.replicate) * taken + y) * self.itemsize
@@ -397,12 +401,14 @@ class _Planner:
             return (y + 4 * taken * plane + layer.channels * plane) * self.itemsize
         if isinstance(layer, Interpolate):
             return source * (d + 4) * (h + 4) * (w + 4) * self.itemsize
-        halo = layer.weight.shape[2] - 1
-        taken = source * (d + halo) * (h + halo) * (w + halo)
-        extra = 0
+        halo, extra = layer.weight.shape[2] - 1, 0
         if merged:
             extra = layer.channels * (d + 2) * h * w
-        elif layer.residual_weight is not None:
+        if by_tiles and halo and not layer.upsample:
+            shortcut = 0 if merged or layer.residual_weight is None else layer.residual_weight.shape[1]
+            return extra * self.itemsize + direct_bytes(source, layer.channels, 3, w, shortcut)
+        taken = source * (d + halo) * (h + halo) * (w + halo)
+        if layer.residual_weight is not None and not merged:
             taken = max(taken, (layer.residual_weight.shape[1] + layer.channels) * d * h * w)
         by_points = 0
         if self.device.type != "cuda" and self.dtype == torch.float32 and winograd_suits(*layer.weight.shape[:3]):
