@@ -33,9 +33,10 @@ FILE_FLAGS = ISA_FLAGS | AMX_FLAGS | GENCODE  # csrc/*_<gpu>.cu is compiled for 
 CPU_KERNELS = {op: ISA_FLAGS for op in ("adaln", "group_norm_silu", "vq_nearest", "window_attention", "winograd")}
 CPU_KERNELS["direct_conv3d"] = AMX_FLAGS
 CPU_SOURCES = [f"csrc/{op}{part}.cpp" for op in CPU_KERNELS for part in ("", "_portable")]
-CPU_SOURCES += ["csrc/bindings.cpp", "csrc/gelu.cpp", "csrc/norm_silu_conv3d.cpp", "csrc/vq_fused.cpp"]
+CPU_SOURCES += [f"csrc/{name}.cpp" for name in ("bindings", "gelu", "norm_silu_conv3d", "volume_attention", "vq_fused")]
 if os.uname().machine == "x86_64":
     CPU_SOURCES += [f"csrc/{op}_{isa}.cpp" for op, isas in CPU_KERNELS.items() for isa in isas]
+    CPU_SOURCES += ["csrc/volume_attention_amx.cpp"]
 DEPENDS = ["csrc/build_backend.py", *sorted(glob("csrc/*.h"))]
 BUILD = Path("build", "ninja")
 

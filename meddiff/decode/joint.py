@@ -24,6 +24,7 @@ from meddiff.kernels.blur3d import blur3d
 from meddiff.kernels.group_norm_silu import group_norm_silu
 from meddiff.kernels.norm_silu_conv3d import conv3d, norm_silu_conv3d, scratch_tile, write_tile
 from meddiff.kernels.up_conv3d import up_conv3d
+from meddiff.kernels.volume_attention import volume_attention
 from meddiff.progress import counted
 from meddiff.resources import give_back_freed_memory
 
@@ -472,9 +473,8 @@ class _Decoder:
         norm, tokens = layer.norm, out[0, 0].numel()
         rows = group_norm_silu(x, norm.groups, norm.weight, norm.bias, norm.eps, silu=False)
         rows = rows.permute(0, 2, 3, 4, 1).reshape(1, tokens, -1)
-        qkv = F.linear(rows, layer.qkv_weight, layer.qkv_bias).view(1, tokens, 3, layer.heads, -1)
-        heads = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4)).transpose(1, 2)
-        heads = heads.reshape(1, *out.shape[2:], -1).permute(0, 4, 1, 2, 3)
+        heads = volume_attention(F.linear(rows, layer.qkv_weight, layer.qkv_bias), layer.heads)
+        heads = heads.view(1, *out.shape[2:], -1).permute(0, 4, 1, 2, 3)
         statistics = None
         if moments is not None:
             statistics = torch.empty(1, 2, layer.channels, device=out.device)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 
+from meddiff.kernels.volume_attention import volume_attention
 from meddiff.models import BiFlowNet
 from meddiff.resources import available_bytes
 
@@ -113,8 +113,8 @@ def _estimate_seconds(model: MedDiffusion, latent: tuple[int, int, int], steps: 
     edge = max(1, _TRIAL // model.config.autoencoder.downsample)
     decode = _timed(lambda: autoencoder.decode(zero.view(1, 1, 1, 1).expand(1, edge, edge, edge))) / edge**3
 
-    q = torch.zeros(1, 4, _TRIAL_TOKENS, 32, dtype=autoencoder.dtype)  # heads of the decoder's attention
-    attention = _timed(lambda: F.scaled_dot_product_attention(q, q, q)) / _TRIAL_TOKENS**2
+    qkv = torch.zeros(1, _TRIAL_TOKENS, 3 * 4 * 32, dtype=autoencoder.dtype)  # the heads of the decoder's attention
+    attention = _timed(lambda: volume_attention(qkv, 4)) / _TRIAL_TOKENS**2
 
     tokens = math.prod(latent)
     return tokens * (steps * step + decode) + tokens**2 * attention
