@@ -30,13 +30,14 @@ AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width
 ISA_FLAGS = {"avx2": "-mavx2 -mfma", "avx512": AVX512}  # of csrc/*_<isa>.cpp
 AMX_FLAGS = {"amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"}
 FILE_FLAGS = ISA_FLAGS | AMX_FLAGS | GENCODE  # csrc/*_<gpu>.cu is compiled for that alone
-CPU_KERNELS = {op: ISA_FLAGS for op in ("adaln", "group_norm_silu", "vq_nearest", "window_attention", "winograd")}
-CPU_KERNELS["direct_conv3d"] = AMX_FLAGS
+CPU_KERNELS = ["adaln", "group_norm_silu", "vq_nearest", "window_attention", "winograd"]
+AMX_KERNELS = ["direct_conv3d", "linear", "volume_attention"]
 CPU_SOURCES = [f"csrc/{op}{part}.cpp" for op in CPU_KERNELS for part in ("", "_portable")]
-CPU_SOURCES += [f"csrc/{name}.cpp" for name in ("bindings", "gelu", "norm_silu_conv3d", "volume_attention", "vq_fused")]
+CPU_SOURCES += [*(f"csrc/{op}.cpp" for op in AMX_KERNELS), "csrc/direct_conv3d_portable.cpp"]
+CPU_SOURCES += ["csrc/bindings.cpp", "csrc/gelu.cpp", "csrc/norm_silu_conv3d.cpp", "csrc/vq_fused.cpp"]
 if os.uname().machine == "x86_64":
-    CPU_SOURCES += [f"csrc/{op}_{isa}.cpp" for op, isas in CPU_KERNELS.items() for isa in isas]
-    CPU_SOURCES += ["csrc/volume_attention_amx.cpp"]
+    CPU_SOURCES += [f"csrc/{op}_{isa}.cpp" for op in CPU_KERNELS for isa in ISA_FLAGS]
+    CPU_SOURCES += [f"csrc/{op}_amx.cpp" for op in AMX_KERNELS]
 DEPENDS = ["csrc/build_backend.py", *sorted(glob("csrc/*.h"))]
 BUILD = Path("build", "ninja")
 

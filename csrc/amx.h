@@ -28,6 +28,50 @@ inline __m512 to_float(__m256i numbers) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
 }
 
+// Sums in tiles 0 to 3: of 64 rows and one tile of columns, or of 32 rows and two.
+inline void zero_sums() {
+  _tile_zero(0);
+  _tile_zero(1);
+  _tile_zero(2);
+  _tile_zero(3);
+}
+
+// To them: rows `step` numbers apart, of `blocks` · 32 numbers, by columns [blocks][tiles][512]; returns what is behind
+// these.
+template <int tiles>
+const uint16_t* add_products(const uint16_t* row, int64_t step, int64_t blocks, const uint16_t* columns) {
+  for (const int64_t bytes = 2 * step; blocks > 0; --blocks, row += 32, columns += 512 * tiles) {
+    _tile_loadd(7, columns, 64);
+    _tile_loadd(4, row, bytes);
+    _tile_loadd(5, row + 16 * step, bytes);
+    if constexpr (tiles == 2) {
+      _tile_loadd(6, columns + 512, 64);
+      _tile_dpbf16ps(0, 4, 7);
+      _tile_dpbf16ps(1, 4, 6);
+      _tile_dpbf16ps(2, 5, 7);
+      _tile_dpbf16ps(3, 5, 6);
+    } else {
+      _tile_loadd(6, row + 32 * step, bytes);
+      _tile_dpbf16ps(0, 4, 7);
+      _tile_loadd(4, row + 48 * step, bytes);
+      _tile_dpbf16ps(1, 5, 7);
+      _tile_dpbf16ps(2, 6, 7);
+      _tile_dpbf16ps(3, 4, 7);
+    }
+  }
+  return columns;
+}
+
+// To [64, 16] or [32, 32].
+template <int tiles>
+void store_sums(float* sums) {
+  constexpr int64_t kNext = tiles == 2 ? 16 : 256, kThird = 512, kBytes = 64 * tiles;
+  _tile_stored(0, sums, kBytes);
+  _tile_stored(1, sums + kNext, kBytes);
+  _tile_stored(2, sums + kThird, kBytes);
+  _tile_stored(3, sums + kThird + kNext, kBytes);
+}
+
 // The second tile of a product: 16 columns of `count` ≤ 32 numbers, from [columns, ·] of stride `column`, with zeros
 // where there are none. It is a transposition of pairs.
 inline void arrange_tile(const uint16_t* from, int64_t column, int64_t columns, int64_t count, uint16_t* tile) {

@@ -81,6 +81,9 @@ STABLE_TORCH_LIBRARY(meddiff, m) {
   // qkv [B, N, 3·C] -> out [B, N, C], written: self-attention of all tokens in bfloat16, where the processor has it
   m.def("_volume_attention(Tensor qkv, int heads, Tensor(a!) out) -> ()");
   m.def("_has_volume_attention() -> bool");
+  // x [R, C], weight [O, C], bias [O] -> out [R, O], written: bfloat16, where the processor has it
+  m.def("_linear(Tensor x, Tensor weight, Tensor? bias, Tensor(a!) out) -> ()");
+  m.def("_has_linear() -> bool");
   // float32 x [B, D + 2, H + 2, W + 2, C], taps [27, C, O], bias [O] -> y [B, D, H, W, O], written
   m.def("_winograd_conv3d(Tensor x, Tensor taps, Tensor? bias, Tensor(a!) y, str? isa=None) -> ()");
   // out [B, C, D, H, W] is x with weights (1, 2, 1)/4 along three axes; where a pad is 1, x ends with out, whose

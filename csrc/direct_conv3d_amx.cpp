@@ -6,31 +6,6 @@
 namespace meddiff {
 namespace {
 
-// to tiles 0 … 3: units × columns of 16 · 4 × 16 · 1, or 16 · 2 × 16 · 2; returns the weight behind what was read
-template <int tiles>
-const uint16_t* multiply(const uint16_t* run, int64_t step, int64_t blocks, const uint16_t* weight) {
-  for (const int64_t bytes = 2 * step; blocks > 0; --blocks, run += 32, weight += 512 * tiles) {
-    _tile_loadd(7, weight, 64);
-    _tile_loadd(4, run, bytes);
-    _tile_loadd(5, run + 16 * step, bytes);
-    if constexpr (tiles == 2) {
-      _tile_loadd(6, weight + 512, 64);
-      _tile_dpbf16ps(0, 4, 7);
-      _tile_dpbf16ps(1, 4, 6);
-      _tile_dpbf16ps(2, 5, 7);
-      _tile_dpbf16ps(3, 5, 6);
-    } else {
-      _tile_loadd(6, run + 32 * step, bytes);
-      _tile_dpbf16ps(0, 4, 7);
-      _tile_loadd(4, run + 48 * step, bytes);
-      _tile_dpbf16ps(1, 5, 7);
-      _tile_dpbf16ps(2, 6, 7);
-      _tile_dpbf16ps(3, 4, 7);
-    }
-  }
-  return weight;
-}
-
 void add_to(double* sums, __m512 numbers) {
   _mm512_storeu_pd(sums, _mm512_add_pd(_mm512_loadu_pd(sums), _mm512_cvtps_pd(_mm512_castps512_ps256(numbers))));
   const __m512d high = _mm512_cvtps_pd(_mm512_extractf32x8_ps(numbers, 1));
@@ -88,23 +63,17 @@ void finish(const DirectConvRows& rows, const float* products, int64_t first, in
 
 template <int tiles>
 void convolve_columns(const DirectConvRows& rows, const uint16_t* of_columns, int64_t column) {
-  constexpr int64_t kUnits = 64 / tiles, kNext = tiles == 2 ? 16 : 256, kThird = 512, kBytes = 64 * tiles;
+  constexpr int64_t kUnits = 64 / tiles;
   alignas(64) float products[kUnits * 16 * tiles];
   const int64_t count = rows.height * rows.units;
   for (int64_t first = 0; first < count; first += kUnits) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_sums();
     const uint16_t* weight = of_columns;
     for (int64_t t = 0; t < rows.taps; ++t)
-      weight = multiply<tiles>(rows.inputs[t] + first * rows.step, rows.step, rows.blocks, weight);
+      weight = add_products<tiles>(rows.inputs[t] + first * rows.step, rows.step, rows.blocks, weight);
     if (rows.shortcut)
-      multiply<tiles>(rows.shortcut + first * rows.shortcut_step, rows.shortcut_step, rows.shortcut_blocks, weight);
-    _tile_stored(0, products, kBytes);
-    _tile_stored(1, products + kNext, kBytes);
-    _tile_stored(2, products + kThird, kBytes);
-    _tile_stored(3, products + kThird + kNext, kBytes);
+      add_products<tiles>(rows.shortcut + first * rows.shortcut_step, rows.shortcut_step, rows.shortcut_blocks, weight);
+    store_sums<tiles>(products);
     finish<tiles>(rows, products, first, std::min(kUnits, count - first), column);
   }
 }

@@ -30,7 +30,8 @@ def _library_lines() -> Iterator[tuple[str, str]]:
         return
     active, *others = torch.ops.meddiff.cpu_isas()
     also = f" (also runs: {', '.join(others)})" if others else ""
-    yield "CPU library", f"loaded, uses {active}{also}"
+    tiles = " and amx" if torch.ops.meddiff._has_linear() else ""
+    yield "CPU library", f"loaded, uses {active}{tiles}{also}"
 
     built = (Path(meddiff.__file__).parent / "_cuda.so").exists()
     if torch.version.cuda is None:

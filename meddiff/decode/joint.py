@@ -22,6 +22,7 @@ from meddiff.decode.layers import Attention, Blur, Conv, Interpolate, Layer, Nor
 from meddiff.decode.plan import PARKED, RECOMPUTED, Pass, Plan, make_plan, window_planes
 from meddiff.kernels.blur3d import blur3d
 from meddiff.kernels.group_norm_silu import group_norm_silu
+from meddiff.kernels.linear import linear
 from meddiff.kernels.norm_silu_conv3d import conv3d, norm_silu_conv3d, scratch_tile, write_tile
 from meddiff.kernels.up_conv3d import up_conv3d
 from meddiff.kernels.volume_attention import volume_attention
@@ -473,7 +474,7 @@ class _Decoder:
         norm, tokens = layer.norm, out[0, 0].numel()
         rows = group_norm_silu(x, norm.groups, norm.weight, norm.bias, norm.eps, silu=False)
         rows = rows.permute(0, 2, 3, 4, 1).reshape(1, tokens, -1)
-        heads = volume_attention(F.linear(rows, layer.qkv_weight, layer.qkv_bias), layer.heads)
+        heads = volume_attention(linear(rows, layer.qkv_weight, layer.qkv_bias), layer.heads)
         heads = heads.view(1, *out.shape[2:], -1).permute(0, 4, 1, 2, 3)
         statistics = None
         if moments is not None:

@@ -17,7 +17,7 @@ from meddiff.config import AutoencoderConfig
 from meddiff.decode import Attention, Conv, Layer, Norm, OnSlab, UpConv, decode_jointly
 from meddiff.kernels.patchify import patchify
 from meddiff.kernels.vq_fused import vq_decode, vq_encode
-from meddiff.models.blocks import GroupNorm, attend_over_volume, conv1, conv3, down_conv, up_conv
+from meddiff.models.blocks import GroupNorm, Linear, attend_over_volume, conv1, conv3, down_conv, up_conv
 from meddiff.models.codebook import Codebook
 from meddiff.progress import progress as bar
 from meddiff.resources import available_bytes
@@ -52,7 +52,7 @@ class AttentionBlock(nn.Module):
     def __init__(self, channels: int, groups: int) -> None:
         super().__init__()
         self.norm = GroupNorm(groups, channels, _NORM_EPS, silu=False)
-        self.to_qkv = nn.Linear(channels, 3 * _HEADS * _HEAD_DIM, bias=False)
+        self.to_qkv = Linear(channels, 3 * _HEADS * _HEAD_DIM, bias=False)
         self.to_out = conv1(_HEADS * _HEAD_DIM, channels)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from meddiff.config import DenoiserConfig
 from meddiff.kernels.channel_norm import channel_norm
-from meddiff.models.blocks import Conv3d, GroupNorm, attend_over_volume, conv1, conv3, down_conv, up_conv
+from meddiff.models.blocks import Conv3d, GroupNorm, Linear, attend_over_volume, conv1, conv3, down_conv, up_conv
 from meddiff.models.dit import DiTBlock, FinalLayer, position_embedding
 
 _HEADS, _HEAD_DIM = 8, 32
@@ -53,7 +53,7 @@ class ResnetBlock(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, groups: int, condition_dim: int | None = None) -> None:
         super().__init__()
         if condition_dim is not None:
-            self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, 2 * out_channels))
+            self.mlp = nn.Sequential(nn.SiLU(), Linear(condition_dim, 2 * out_channels))
         self.block1 = Block(in_channels, out_channels, groups)
         self.block2 = Block(out_channels, out_channels, groups)
         same_width = in_channels == out_channels
@@ -79,7 +79,7 @@ class ChannelNorm(nn.Module):
 class VolumeAttention(nn.Module):
     def __init__(self, channels: int) -> None:
         super().__init__()
-        self.to_qkv = nn.Linear(channels, 3 * _HEADS * _HEAD_DIM, bias=False)
+        self.to_qkv = Linear(channels, 3 * _HEADS * _HEAD_DIM, bias=False)
         self.to_out = conv1(_HEADS * _HEAD_DIM, channels)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -208,11 +208,9 @@ class BiFlowNet(EncoderHalf):
             final = FinalLayer(dim, condition_dim, config.token_patch)
             return nn.ModuleList([dit(skip), final])
 
-        self.time_mlp = nn.Sequential(
-            TimestepSinusoid(dim), nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, 4 * dim)
-        )
+        self.time_mlp = nn.Sequential(TimestepSinusoid(dim), Linear(dim, 4 * dim), nn.GELU(), Linear(4 * dim, 4 * dim))
         self.cond_emb = nn.Embedding(config.num_classes, 4 * dim)
-        self.res_mlp = nn.Sequential(nn.Linear(3, 4 * dim), nn.SiLU(), nn.Linear(4 * dim, 4 * dim))
+        self.res_mlp = nn.Sequential(Linear(3, 4 * dim), nn.SiLU(), Linear(4 * dim, 4 * dim))
 
         self.x_embedder = nn.ModuleDict(
             {"proj": Conv3d(config.channels, dim, kernel_size=config.token_patch, stride=config.token_patch)}

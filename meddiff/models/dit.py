@@ -71,7 +71,7 @@ class DiTBlock(nn.Module):
             self.skip_linear = Linear(2 * dim, dim)
         self.attn = SubVolumeAttention(dim, heads, window)
         self.mlp = Mlp(dim, mlp_ratio * dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, 6 * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(condition_dim, 6 * dim))
 
     def forward(self, x: Tensor, condition: Tensor, skip: Tensor | None = None) -> Tensor:
         if skip is not None:
@@ -88,7 +88,7 @@ class FinalLayer(nn.Module):
     def __init__(self, dim: int, condition_dim: int, token_patch: int) -> None:
         super().__init__()
         self.linear = Linear(dim, token_patch**3 * dim)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(condition_dim, 2 * dim))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(condition_dim, 2 * dim))
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=1)
