@@ -27,17 +27,15 @@ NVCC = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin:{os.env
 GPUS = {"80": "sm_80,compute_80", "90a": "sm_90a", "100a": "sm_100a", "120": "sm_120,compute_120"}
 GENCODE = {f"sm{gpu}": f"-gencode 'arch=compute_{gpu},code=[{code}]'" for gpu, code in GPUS.items()}
 AVX512 = "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mprefer-vector-width=512"
-ISA_FLAGS = {"avx2": "-mavx2 -mfma", "avx512": AVX512}  # of csrc/*_<isa>.cpp
-AMX_FLAGS = {"amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16"}
-FILE_FLAGS = ISA_FLAGS | AMX_FLAGS | GENCODE  # csrc/*_<gpu>.cu is compiled for that alone
-CPU_KERNELS = ["adaln", "group_norm_silu", "vq_nearest", "window_attention", "winograd"]
-AMX_KERNELS = ["direct_conv3d", "linear", "volume_attention"]
-CPU_SOURCES = [f"csrc/{op}{part}.cpp" for op in CPU_KERNELS for part in ("", "_portable")]
-CPU_SOURCES += [*(f"csrc/{op}.cpp" for op in AMX_KERNELS), "csrc/direct_conv3d_portable.cpp"]
-CPU_SOURCES += ["csrc/bindings.cpp", "csrc/gelu.cpp", "csrc/norm_silu_conv3d.cpp", "csrc/vq_fused.cpp"]
-if os.uname().machine == "x86_64":
-    CPU_SOURCES += [f"csrc/{op}_{isa}.cpp" for op in CPU_KERNELS for isa in ISA_FLAGS]
-    CPU_SOURCES += [f"csrc/{op}_amx.cpp" for op in AMX_KERNELS]
+ISA_FLAGS = {  # of csrc/*_<isa>.cpp
+    "avx2": "-mavx2 -mfma",
+    "avx512": AVX512,
+    "amx": f"{AVX512} -mavx512bf16 -mamx-tile -mamx-bf16",
+}
+FILE_FLAGS = ISA_FLAGS | GENCODE  # csrc/*_<gpu>.cu is compiled for that alone
+CPU_SOURCES = sorted(set(glob("csrc/*.cpp")) - set(glob("csrc/*_cuda.cpp")))
+if os.uname().machine != "x86_64":
+    CPU_SOURCES = [source for source in CPU_SOURCES if Path(source).stem.rpartition("_")[2] not in ISA_FLAGS]
 DEPENDS = ["csrc/build_backend.py", *sorted(glob("csrc/*.h"))]
 BUILD = Path("build", "ninja")
 
