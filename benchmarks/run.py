@@ -29,7 +29,9 @@ SETS = {
         "bench_group_norm_silu.py --dtype bfloat16",
         "bench_group_norm_silu.py --channels 72 --size 64 --modulated --dtype bfloat16",
         "bench_group_norm_silu.py --batch 2 --channels 16 --groups 4 --size 64",
+        "bench_linear.py",
         "bench_patchify.py",
+        "bench_volume_attention.py",
         "bench_vq_nearest.py",
         "bench_window_attention.py",
     ),
@@ -42,7 +44,7 @@ SETS = {
     "controlnet": ("bench_controlnet.py",),
     "decode": ("bench_joint_decode.py --sizes 128 256 --budgets 0.9GB 3GB --peers eager best disjoint",),
     "backend": (
-        "bench_backend.py --only published --bfloat16 --budget 900MB",
+        "bench_backend.py --only published --bfloat16 --budget 900MB --small-pages",
         "bench_backend.py --only quantisers",
         "bench_backend.py --only maisi --size 160 --bfloat16 --budget 1.1GB --repeats 1 --cold",
     ),

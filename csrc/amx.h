@@ -1,6 +1,6 @@
 // Products of tiles in bfloat16 on processors with AMX: 16 rows of 32 numbers by 16 columns of as many, added in float32.
 // The second tile has pairs of a column's numbers one behind the other: [16 pairs][16 columns][2]. Everything here has
-// internal linkage: csrc/*_amx.cpp alone are compiled for it.
+// internal linkage, and calls nothing of the C++ library: see winograd_kernel.h.
 #pragma once
 
 #include <immintrin.h>
@@ -20,6 +20,8 @@ struct alignas(64) TileConfig {
 constexpr TileConfig kEightTiles = {
     1, 0, {}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
 
+inline int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 // in each thread, before and behind its products
 inline void begin_tiles() { _tile_loadconfig(&kEightTiles); }
 inline void end_tiles() { _tile_release(); }
@@ -30,6 +32,7 @@ inline __m512 to_float(__m256i numbers) {
 
 // Sums in tiles 0 to 3: of 64 rows and one tile of columns, or of 32 rows and two.
 inline void zero_sums() {
+  __asm__ volatile("" ::: "memory");  // GCC does not know that the products below read memory
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);

@@ -25,15 +25,13 @@ inline const GroupNormSiluKernels<uint16_t>& kernels_of(const GroupNormSiluIsa& 
 struct Rows {
   int64_t size[5], stride[5];
 
-  explicit Rows(const char* name, const Tensor& t, ScalarType type) {
-    STD_TORCH_CHECK(t.dim() == 5, "norm_silu_conv3d: ", name, " must be [B, C, D, H, W], got ", t.dim(),
-                    " dimensions");
-    STD_TORCH_CHECK(t.scalar_type() == type && (type == ScalarType::Float || type == ScalarType::BFloat16),
-                    "norm_silu_conv3d: ", name, " must be float32 or bfloat16 like the other tensors, got ",
-                    t.scalar_type());
+  Rows(const char* op, const char* name, const Tensor& t, ScalarType type) {
+    STD_TORCH_CHECK(t.dim() == 5, op, ": ", name, " must be [B, C, D, H, W], got ", t.dim(), " dimensions");
+    STD_TORCH_CHECK(t.scalar_type() == type && (type == ScalarType::Float || type == ScalarType::BFloat16), op, ": ",
+                    name, " must be float32 or bfloat16 like the other tensors, got ", t.scalar_type());
     for (int i = 0; i < 5; ++i) size[i] = t.size(i), stride[i] = t.stride(i);
-    STD_TORCH_CHECK((size[1] == 1 || stride[1] == 1) && (size[4] == 1 || stride[4] == size[1]), "norm_silu_conv3d: ",
-                    name, " must be channels-last, got strides ", stride[1], " of C and ", stride[4], " of W");
+    STD_TORCH_CHECK((size[1] == 1 || stride[1] == 1) && (size[4] == 1 || stride[4] == size[1]), op, ": ", name,
+                    " must be channels-last, got strides ", stride[1], " of C and ", stride[4], " of W");
     stride[4] = size[1];
     for (const int i : {3, 2})  // PyTorch leaves the strides of axes of one voxel open
       if (size[i] == 1) stride[i] = size[i + 1] * stride[i + 1];

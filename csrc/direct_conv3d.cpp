@@ -15,6 +15,7 @@
 
 #include "conv3d_rows.h"
 #include "group_norm_silu.h"
+#include "numbers.h"
 #include "processor.h"
 
 namespace meddiff {
@@ -46,20 +47,6 @@ const DirectConvIsa& find_isa(const char* op, const std::optional<std::string>& 
 int64_t quotient_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 int64_t multiple_up(int64_t a, int64_t b) { return quotient_up(a, b) * b; }
 
-// of zeros, beginning at a cache line
-class Numbers {
- public:
-  explicit Numbers(int64_t count) : memory_(count + 32) {
-    const auto address = reinterpret_cast<uintptr_t>(memory_.data());
-    data_ = memory_.data() + (multiple_up(address, 64) - address) / 2;
-  }
-  uint16_t* data() { return data_; }
-
- private:
-  std::vector<uint16_t> memory_;
-  uint16_t* data_;
-};
-
 float to_float(uint16_t number) {
   const uint32_t bits = static_cast<uint32_t>(number) << 16;
   float value;
@@ -78,7 +65,7 @@ struct Layout {
   Layout(int64_t channels, int64_t outputs, int64_t extra, bool doubles)
       : channels(channels), outputs(outputs), extra(extra), doubles(doubles), taps(doubles ? 2 : 3),
         phases(doubles ? 8 : 1), voxel(channels > 16 ? multiple_up(channels, 32) : channels > 8 || doubles ? 16 : 8) {
-    // the fewest products for each voxel; a run of whole blocks ends with the unit's inputs
+    // the fewest products for each voxel. The run of a unit is whole blocks: it has no numbers of other voxels.
     if (!doubles && voxel <= 16) group = 2;
     for (const int64_t other : {2, 6})
       if (!doubles && products(other) * group < products(group) * other) group = other;
@@ -100,7 +87,7 @@ void arrange(const DirectConvIsa& isa, const Layout& layout, int64_t phase, cons
              const OptionalTensor& residual_weight, int64_t column, uint16_t* to) {
   const int64_t first = column / 32 * 32, tiles = std::min<int64_t>(2, (layout.columns - first) / 16);
   to += 32 * layout.depth() * first + (column - first) / 16 * 512;
-  // `count` channels of all columns, from number `run` of a voxel's own first on; that is even
+  // `count` channels of all columns; those of a unit's first voxel begin at number `run` of `block`
   const auto place = [&](const uint16_t* from, int64_t output, int64_t channel, int64_t count, int64_t block,
                          int64_t run, int64_t voxel) {
     std::vector<uint16_t> dense(channel == 1 ? 0 : 16 * count);
@@ -181,9 +168,11 @@ void run(const char* op, const Layout& layout, const Tensor& x, const OptionalTe
   const DirectConvIsa& isa = find_isa(op, isa_name);
   const GroupNormSiluIsa& rows_isa = find_group_norm_silu_isa(op, std::nullopt);
   const ScalarType type = ScalarType::BFloat16;
-  const Rows from("x", x, type), to("out", out, type), added("residual", residual ? *residual : out, type);
+  const Rows from(op, "x", x, type), to(op, "out", out, type), added(op, "residual", residual ? *residual : out, type);
   const int64_t zoom = layout.doubles ? 2 : 1, channels = layout.channels, outputs = layout.outputs;
   STD_TORCH_CHECK(pads.size() == 6, op, ": pads must be 6 numbers, got ", pads.size());
+  for (const int64_t pad : pads) STD_TORCH_CHECK(pad == 0 || pad == 1, op, ": pads must be 0 or 1, got ", pad);
+  STD_TORCH_CHECK(channels > 0, op, ": x must have channels");
   STD_TORCH_CHECK(from.size[0] == to.size[0] && to.size[1] == outputs, op, ": out must be [", from.size[0], ", ",
                   outputs, ", D, H, W]");
   for (int i = 2; i < 5; ++i) {

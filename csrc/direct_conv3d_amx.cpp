@@ -1,5 +1,3 @@
-#include <algorithm>
-
 #include "amx.h"
 #include "direct_conv3d.h"
 
@@ -29,11 +27,11 @@ void finish(const DirectConvRows& rows, const float* products, int64_t first, in
     const int64_t voxel = unit * rows.group;
     if (row >= rows.height) break;
     if (voxel >= rows.width) continue;
-    const int64_t numbers = std::min(rows.group, rows.width - voxel) * rows.outputs - column;
+    const int64_t numbers = least(rows.group, rows.width - voxel) * rows.outputs - column;
     const int64_t at = voxel * rows.out_voxel + column;
     uint16_t* out = rows.out + row * rows.out_row + at;
     for (int t = 0; t < tiles; ++t) {
-      const int64_t left = std::clamp<int64_t>(numbers - 16 * t, 0, 16);
+      const int64_t left = numbers > 16 * t ? least(16, numbers - 16 * t) : 0;
       const __mmask16 mask = static_cast<__mmask16>((1u << left) - 1);
       __m512 value = _mm512_add_ps(_mm512_load_ps(products + 16 * t), bias[t]);
       if (rows.residual) {
@@ -74,7 +72,7 @@ void convolve_columns(const DirectConvRows& rows, const uint16_t* of_columns, in
     if (rows.shortcut)
       add_products<tiles>(rows.shortcut + first * rows.shortcut_step, rows.shortcut_step, rows.shortcut_blocks, weight);
     store_sums<tiles>(products);
-    finish<tiles>(rows, products, first, std::min(kUnits, count - first), column);
+    finish<tiles>(rows, products, first, least(kUnits, count - first), column);
   }
 }
 

@@ -1,6 +1,5 @@
 // For tests on processors that have no products in bfloat16: nothing takes it by itself.
 #include <algorithm>
-#include <vector>
 
 #include "direct_conv3d.h"
 

@@ -10,6 +10,7 @@
 #include <optional>
 #include <vector>
 
+#include "numbers.h"
 #include "processor.h"
 
 namespace meddiff {
@@ -22,7 +23,7 @@ constexpr int64_t kFewRows = 256;
 constexpr int64_t kShare = 1 << 22;  // products that are worth a thread
 
 const LinearIsa* find_isa() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
   if (has_amx()) return &kLinearAmx;
 #endif
   return nullptr;
@@ -60,7 +61,7 @@ void linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& 
   }
   const uint16_t*& columns = few ? work.x : work.weight;
   const int64_t count = few ? work.rows : work.outputs, tiles = (count + 15) / 16;
-  std::vector<uint16_t> arranged(tiles * work.blocks() * 512);
+  Numbers arranged(tiles * work.blocks() * 512);
   for (int64_t tile = 0; tile < tiles; ++tile) isa->arrange(columns, count, work.inputs, tile, arranged.data());
   columns = arranged.data();
   const int64_t length = few ? work.outputs : work.rows, groups = (length + kLinearRows - 1) / kLinearRows;

@@ -5,8 +5,6 @@
 namespace meddiff {
 namespace {
 
-int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
-
 __mmask16 from_on(int64_t skipped) { return static_cast<__mmask16>(skipped > 0 ? 0xffff << skipped : 0xffff); }
 __mmask16 first_of(int64_t count) { return static_cast<__mmask16>(count < 16 ? (1u << count) - 1 : 0xffff); }
 

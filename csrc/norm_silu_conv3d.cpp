@@ -19,9 +19,10 @@ namespace {
 void conv_input(const Tensor& x, const OptionalTensor& scale, const OptionalTensor& shift, bool silu, bool upsample,
                 const std::vector<int64_t>& skip, const std::vector<int64_t>& pads, const Tensor& out,
                 const std::optional<std::string>& isa_name) {
-  const GroupNormSiluIsa& isa = find_group_norm_silu_isa("norm_silu_conv3d", isa_name);
+  const char* op = "norm_silu_conv3d";
+  const GroupNormSiluIsa& isa = find_group_norm_silu_isa(op, isa_name);
   const ScalarType type = out.scalar_type();
-  const Rows from("x", x, type), to("out", out, type);
+  const Rows from(op, "x", x, type), to(op, "out", out, type);
   STD_TORCH_CHECK(pads.size() == 6 && skip.size() == 3, "norm_silu_conv3d: pads must be 6 numbers and skip 3, got ",
                   pads.size(), " and ", skip.size());
   STD_TORCH_CHECK(from.size[0] == to.size[0] && from.size[1] == to.size[1],
@@ -81,10 +82,11 @@ void conv_input(const Tensor& x, const OptionalTensor& scale, const OptionalTens
 
 void conv_output(const Tensor& y, const OptionalTensor& residual, const Tensor& out, const OptionalTensor& statistics,
                  const std::optional<std::string>& isa_name) {
-  const GroupNormSiluIsa& isa = find_group_norm_silu_isa("norm_silu_conv3d", isa_name);
+  const char* op = "norm_silu_conv3d";
+  const GroupNormSiluIsa& isa = find_group_norm_silu_isa(op, isa_name);
   const ScalarType type = out.scalar_type();
-  const Rows to("out", out, type), from("the convolution's output", y, type);
-  const Rows added("residual", residual ? *residual : y, type);
+  const Rows to(op, "out", out, type), from(op, "the convolution's output", y, type);
+  const Rows added(op, "residual", residual ? *residual : y, type);
   for (int i = 0; i < 5; ++i)
     STD_TORCH_CHECK(from.size[i] == to.size[i] && added.size[i] == to.size[i], "norm_silu_conv3d: out has ",
                     to.size[i], " along axis ", i, ", the convolution gave ", from.size[i], ", the residual has ",
@@ -156,9 +158,10 @@ void conv_output(const Tensor& y, const OptionalTensor& residual, const Tensor& 
 
 void blur3d(const Tensor& x, const std::vector<int64_t>& pads, const Tensor& out,
             const std::optional<std::string>& isa_name) {
-  const GroupNormSiluIsa& isa = find_group_norm_silu_isa("blur3d", isa_name);
+  const char* op = "blur3d";
+  const GroupNormSiluIsa& isa = find_group_norm_silu_isa(op, isa_name);
   const ScalarType type = out.scalar_type();
-  const Rows from("x", x, type), to("out", out, type);
+  const Rows from(op, "x", x, type), to(op, "out", out, type);
   STD_TORCH_CHECK(pads.size() == 6, "blur3d: pads must be 6 numbers, got ", pads.size());
   STD_TORCH_CHECK(from.size[0] == to.size[0] && from.size[1] == to.size[1],
                   "blur3d: x and out must have the same samples and channels");

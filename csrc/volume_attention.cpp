@@ -6,8 +6,8 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
-#include <vector>
 
+#include "numbers.h"
 #include "processor.h"
 
 namespace meddiff {
@@ -17,22 +17,13 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 const VolumeAttentionIsa* find_isa() {
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
   if (has_amx()) return &kVolumeAttentionAmx;
 #endif
   return nullptr;
 }
 
 bool has_volume_attention() { return find_isa() != nullptr; }
-
-// of zeros no one needs, beginning at a cache line
-struct Arranged {
-  std::vector<uint16_t> memory;
-  explicit Arranged(int64_t count) : memory(count + 32) {}
-  uint16_t* data() {
-    return reinterpret_cast<uint16_t*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
-  }
-};
 
 void volume_attention(const Tensor& qkv, int64_t heads, const Tensor& out) {
   const char* op = "_volume_attention";
@@ -54,7 +45,7 @@ void volume_attention(const Tensor& qkv, int64_t heads, const Tensor& out) {
   VolumeAttentionHead head{};
   head.row = 3 * channels, head.tokens = tokens, head.dim = dim, head.out_row = channels;
   head.scale = static_cast<float>(1.4426950408889634 / std::sqrt(static_cast<double>(dim)));
-  Arranged keys(head.groups() * 2 * head.deep() * 512), values(head.groups() * head.wide() * 512);
+  Numbers keys(head.groups() * 2 * head.deep() * 512), values(head.groups() * head.wide() * 512);
   head.keys = keys.data(), head.values = values.data();
   for (int64_t i = 0; i < batch * heads; ++i) {
     head.q = static_cast<const uint16_t*>(qkv.const_data_ptr()) + i / heads * tokens * head.row + i % heads * dim;

@@ -51,10 +51,7 @@ void arrange(const VolumeAttentionHead& head, int64_t group) {
 // tile to tile `step`. With one column of tiles the second one is the first again.
 void multiply(const uint16_t* a, int64_t a_row, int64_t deep, const uint16_t* b, int64_t next, int64_t step, float* c,
               int64_t row) {
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
+  zero_sums();
   for (int64_t d = 0; d < deep; ++d, a += 32, b += step) {
     _tile_loadd(4, a, 2 * a_row);
     _tile_loadd(6, b, 64);
@@ -81,7 +78,7 @@ void exponentials(const float* scores, int64_t keys, float scale, float& top, fl
   for (int64_t j = 0; j < count; j += 16)
     largest = _mm512_mask_max_ps(largest, mask(j), _mm512_load_ps(scores + j), largest);
   const float peak = _mm512_reduce_max_ps(largest);
-  change = (top - peak) * scale;
+  change = top == peak ? 0 : (top - peak) * scale;
   top = peak;
   const __m512 factor = _mm512_set1_ps(scale), shift = _mm512_set1_ps(peak * scale);
   for (int64_t j = 0; j < (count + 31) / 32 * 32; j += 16) {

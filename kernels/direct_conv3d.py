@@ -6,53 +6,65 @@ are few channels, several voxels along W share a row of the first tile and their
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 _HERE = torch.ops.meddiff._direct_conv3d_isas()[0] != "portable"
-_EDGES = (3, 4)  # of the kernels
 _CACHE = 3 * 2**18  # bytes of inputs that a thread of csrc/direct_conv3d.cpp holds
+_MOST_VOXELS = 6  # along W that share a row
 
 
-def direct_suits(x: Tensor, weight: Tensor) -> bool:
-    """Whether this is the way to convolve x with a weight [·, ·, k, k, k]; one of 4³ is a transposed convolution's."""
-    return direct_serves(x.dtype, x.device.type) and weight.shape[2] in _EDGES
+def direct_suits(x: Tensor, weight: Tensor, edge: int) -> bool:
+    """Whether this is the way to convolve x with a weight [·, ·, edge, edge, edge]; one of 4³ is transposed."""
+    return direct_serves(x.dtype, x.device.type) and tuple(weight.shape[2:]) == (edge,) * 3
 
 
 def direct_serves(dtype: torch.dtype, device: str) -> bool:
     return _HERE and dtype == torch.bfloat16 and device == "cpu"
 
 
-def direct_bytes(channels: int, outputs: int, edge: int, width: int, extra: int = 0) -> int:
-    """About the scratch of a call, beside its tensors; extra: the channels of the residual where that has a weight."""
+def direct_bytes(channels: int, outputs: int, edge: int, size: Sequence[int], extra: int = 0) -> int:
+    """About the most scratch of a call for outputs of `size`, beside its tensors; extra: the residual's channels, where
+    it has a weight."""
+    depth, height, width = (n // 2 for n in size) if edge == 4 else size
     channels, outputs, extra = (-(-n // 32) * 32 for n in (channels, outputs, extra))
-    planes = max(_CACHE, 9 * 2 * (width + 8) * channels) + 3 * 2 * 64 * channels
-    return 2 * (edge**3 * channels + extra) * outputs + torch.get_num_threads() * (planes + planes * extra // channels)
+    row, behind = 2 * (width + 8) * channels, 2 * 66 * _MOST_VOXELS * max(channels, extra)
+    planes = max(_CACHE, 9 * row)
+    of_thread = planes + planes * extra // channels + 4 * behind
+    strips = 1 + height * 3 * row // _CACHE if 9 * row < _CACHE else height
+    statistics = 20 * strips * depth * outputs * (8 if edge == 4 else 1)
+    return 2 * (edge**3 * channels + extra) * outputs + torch.get_num_threads() * of_thread + statistics
 
 
 def direct_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) -> Tensor:
     """F.conv3d(x, weight, bias, padding=padding), summed in float32. No gradient.
 
-    x: bfloat16 [B, C, D, H, W] on the CPU, in channels-last memory; weight: [O, C, 3, 3, 3]; bias: [O] or none; padding
-        0 or 1.
-    Returns [B, O, …] in channels-last memory. Where a number of x is not finite, outputs up to seven voxels further
-    along W may be not finite either.
+    x: bfloat16 [B, C, D, H, W] on the CPU, best in channels-last memory; weight: [O, C, 3, 3, 3]; bias: [O] or none;
+        padding 0 or 1.
+    Returns [B, O, …] in channels-last memory. Where a number of x is not finite, outputs within seven voxels along W,
+    or at the end of a row before, may be not finite either.
     """
     out = _channels_last(x, len(weight), [n + 2 * padding - 2 for n in x.shape[2:]])
     pads = [padding] * 6
-    torch.ops.meddiff._direct_conv3d(x, None, None, False, weight, bias, pads, None, None, None, out, None)
+    torch.ops.meddiff._direct_conv3d(_dense(x), None, None, False, weight, bias, pads, None, None, None, out, None)
     return out
 
 
 def direct_up_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.conv_transpose3d(x, weight, bias, stride=2, padding=1), as above; weight: [C, O, 4, 4, 4]."""
     out = _channels_last(x, weight.shape[1], [2 * n for n in x.shape[2:]])
-    torch.ops.meddiff._direct_up_conv3d(x, weight, bias, [1] * 6, out, None)
+    torch.ops.meddiff._direct_up_conv3d(_dense(x), weight, bias, [1] * 6, out, None)
     return out
 
 
 def _channels_last(x: Tensor, channels: int, size: list[int]) -> Tensor:
     return x.new_empty((x.shape[0], *size, channels)).permute(0, 4, 1, 2, 3)
+
+
+def _dense(x: Tensor) -> Tensor:
+    return x.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
 
 
 def _nothing(*_: object) -> None:

@@ -40,8 +40,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     For inference: callers record no gradient, and there is no autocast.
     """
     if _suits(x, weight, bias):
-        out = x.new_empty(*x.shape[:-1], len(weight))
-        torch.ops.meddiff._linear(x.view(-1, x.shape[-1]), weight, bias, out.view(-1, len(weight)))
+        out = x.new_empty((*x.shape[:-1], len(weight)))
+        torch.ops.meddiff._linear(x.flatten(0, -2), weight, bias, out.flatten(0, -2))
         return out
     worthwhile = bias is not None and x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.numel() >= _LEAST
     if worthwhile and _PRODUCT_WITH_BIAS:

@@ -4,10 +4,10 @@ x is a tile of a volume with its halo, scale and shift are a GroupNorm whose sta
 numbers per sample and channel: scale = weight / √(var + eps), shift = bias − mean·scale. Zeros are added AFTER norm and
 SiLU, where the volume ends. The statistics of what is written are those that the next norm needs. On the CPU the
 convolution is oneDNN's, or `winograd_conv3d` in float32, on a scratch tile, and C++ fills that tile and empties it; in
-bfloat16 all of it is csrc/direct_conv3d.cpp where the processor has AMX. On a GPU it is csrc/conv3d_march.h; where that
-is not built, CUDA tensors take the plain PyTorch code. For compute capability 9.0 there is csrc/conv3d_wgmma.h as well;
-until it has been timed, nothing but the private operator _norm_silu_conv3d_wgmma, which has the same arguments, goes
-there.
+bfloat16 and with a kernel of 3³ all of it is csrc/direct_conv3d.cpp where the processor has AMX. On a GPU it is
+csrc/conv3d_march.h; where that is not built, CUDA tensors take the plain PyTorch code. For compute capability 9.0 there
+is csrc/conv3d_wgmma.h as well; until it has been timed, nothing but the private operator _norm_silu_conv3d_wgmma, which
+has the same arguments, goes there.
 """
 
 from __future__ import annotations
@@ -90,8 +90,9 @@ def scratch_tile(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0, least: int = 0) -> Tensor:
-    """F.conv3d, on the CPU by a faster way where there is one: Winograd's for 3³ kernels in float32, a product for 1³
-    kernels, and oneDNN where PyTorch would unfold float32 tensors, by their number of voxels and threads.
+    """F.conv3d, on the CPU by a faster way where there is one: Winograd's for 3³ kernels in float32, `direct_conv3d`'s
+    in bfloat16, a product for 1³ kernels, and oneDNN where PyTorch would unfold float32 tensors, by their number of
+    voxels and threads.
 
     For inference: callers record no gradient, and there is no autocast. With a larger kernel an x of fewer than `least`
     numbers is left to PyTorch.
@@ -104,8 +105,8 @@ def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padd
         return winograd_conv3d(x, weight, bias, padding)
     if weight_outweighs(x, weight, stride):
         return _unfolded_conv3d(x, weight, bias, stride, padding)
-    if stride == 1 and padding <= 1 and direct_suits(x, weight):
-        return direct_conv3d(_rows(x), weight, bias, padding)
+    if stride == 1 and padding <= 1 and direct_suits(x, weight, 3):
+        return direct_conv3d(x, weight, bias, padding)
     if (
         x.dtype == torch.float32
         and x.device.type == "cpu"
@@ -161,15 +162,15 @@ def _run_on_cpu(x: Tensor, *arguments) -> None:
     scale, shift, silu, upsample, weight, bias, pads, residual, residual_weight, residual_bias, out, statistics = (
         arguments
     )
-    ops, size = torch.ops.meddiff, [n + weight.shape[2] - 1 for n in out.shape[2:]]
+    ops = torch.ops.meddiff
     fold = [None if t is None else t.contiguous() for t in (scale, shift)]
-    if direct_suits(x, weight) and not upsample:
+    if direct_suits(x, weight, 3) and not upsample:
         added = None if residual is None else _rows(residual)
         ops._direct_conv3d(
             _rows(x), *fold, silu, weight, bias, pads, added, residual_weight, residual_bias, out, statistics
         )
         return
-    tile = scratch_tile(x, x.shape[1], size)
+    tile = scratch_tile(x, x.shape[1], [n + weight.shape[2] - 1 for n in out.shape[2:]])
     ops._conv_input(_rows(x), *fold, silu, upsample, _skip(weight, pads, upsample), pads, tile)
     y = _dense(conv3d(tile, weight, bias))
     del tile

@@ -52,7 +52,7 @@ def _run_on_cpu(
     if x.dtype not in _FUSED or out.numel() == 0:
         _run_ref(x, weight, bias, pads, out, statistics)
         return
-    if direct_suits(x, weight):
+    if direct_suits(x, weight, 4):
         torch.ops.meddiff._direct_up_conv3d(_rows(x), weight, bias, pads, out, statistics)
         return
     tile = scratch_tile(x, x.shape[1], [n // 2 + 2 for n in out.shape[2:]])

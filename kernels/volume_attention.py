@@ -20,7 +20,7 @@ def volume_attention(qkv: Tensor, heads: int) -> Tensor:
     """
     batch, tokens, channels = *qkv.shape[:2], qkv.shape[2] // 3
     if _HERE and qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu" and channels // heads <= _MOST_CHANNELS:
-        out = qkv.new_empty(batch, tokens, channels)
+        out = qkv.new_empty((batch, tokens, channels))
         torch.ops.meddiff._volume_attention(qkv.contiguous(), heads, out)
         return out
     q, k, v = qkv.view(batch, tokens, 3, heads, channels // heads).permute(2, 0, 3, 1, 4)

@@ -382,38 +382,48 @@ class _Planner:
                    for w in windows)  # fmt: skip
 
     def _scratch_bytes(self, t: int, planes: int, tile: tuple[int, int], merged: bool) -> int:
-        """Of one call: the padded tile, the convolution's output, and the shortcut's."""
+        """Of one call: the padded tile, the convolution's output, and the shortcut's; or what a kernel needs that has
+        neither."""
         layer, (depth, height, width) = self.layer(t), self.shapes[t].size(self.size)
         d, h, w = min(planes, depth), min(tile[0], height), min(tile[1], width)
         source = self.shapes[layer.source].channels
+        direct = self.device.type == "cpu" and direct_serves(self.dtype, "cpu")
         y = layer.channels * d * h * w
         if isinstance(layer, Attention):  # all of it: norm, q, k, v and the heads' output, and what is made of it
             tokens = self.shapes[t].voxels(self.size)
             return (2 * source + 5 * layer.out_weight.shape[1]) * tokens * self.itemsize
-        by_tiles = self.device.type == "cpu" and direct_serves(self.dtype, "cpu")
-        if isinstance(layer, UpConv) and by_tiles and not layer.replicate:
-            return direct_bytes(source, layer.channels, 4, w // 2)
         if isinstance(layer, UpConv):
-            taken = source * (d // 2 + 2) * (h // 2 + 2) * (w // 2 + 2)
-            return ((1 + layer.replicate) * taken + y) * self.itemsize
+            return self._up_bytes(layer, layer.channels, (d, h, w))
         if isinstance(layer, Blur):  # and a plane of the border: of its doubled source, and of what that gives
             taken, plane = self.shapes[layer.origin].channels, max(h * w, d * max(h, w))
-            return (y + 4 * taken * plane + layer.channels * plane) * self.itemsize
+            of_border = direct_bytes(taken, layer.channels, 3, (d, h, w)) if direct else 0
+            return (y + 4 * taken * plane + layer.channels * plane) * self.itemsize + of_border
         if isinstance(layer, Interpolate):
             return source * (d + 4) * (h + 4) * (w + 4) * self.itemsize
-        halo, extra = layer.weight.shape[2] - 1, 0
+        halo, shortcut, extra, of_kernel = layer.weight.shape[2] - 1, 0, 0, 0
         if merged:
-            extra = layer.channels * (d + 2) * h * w
-        if by_tiles and halo and not layer.upsample:
-            shortcut = 0 if merged or layer.residual_weight is None else layer.residual_weight.shape[1]
-            return extra * self.itemsize + direct_bytes(source, layer.channels, 3, w, shortcut)
+            extra = layer.channels * (d + 2) * h * w * self.itemsize
+        elif layer.residual_weight is not None:
+            shortcut = layer.residual_weight.shape[1]
+        if direct and halo:
+            of_kernel = direct_bytes(source, layer.channels, 3, (d, h, w), shortcut)
+        elif self.device.type != "cuda" and self.dtype == torch.float32 and winograd_suits(*layer.weight.shape[:3]):
+            of_kernel = winograd_bytes(*layer.weight.shape[:2])
+        if direct and halo and not layer.upsample:
+            up = self._up_bytes(self.layer(layer.residual), layer.channels, (d + 2, h, w)) if merged else 0
+            return extra + max(of_kernel, up)
         taken = source * (d + halo) * (h + halo) * (w + halo)
-        if layer.residual_weight is not None and not merged:
-            taken = max(taken, (layer.residual_weight.shape[1] + layer.channels) * d * h * w)
-        by_points = 0
-        if self.device.type != "cuda" and self.dtype == torch.float32 and winograd_suits(*layer.weight.shape[:3]):
-            by_points = winograd_bytes(*layer.weight.shape[:2])
-        return (y + taken + extra) * self.itemsize + by_points
+        if shortcut:
+            taken = max(taken, (shortcut + layer.channels) * d * h * w)
+        return (y + taken) * self.itemsize + extra + of_kernel
+
+    def _up_bytes(self, layer: UpConv, outputs: int, size: tuple[int, int, int]) -> int:
+        """Scratch of a call for outputs of `size`."""
+        source = self.shapes[layer.source].channels
+        taken = source * math.prod(n // 2 + 2 for n in size)
+        if self.device.type == "cpu" and direct_serves(self.dtype, "cpu"):
+            return layer.replicate * taken * self.itemsize + direct_bytes(source, outputs, 4, size)
+        return ((1 + layer.replicate) * taken + outputs * math.prod(size)) * self.itemsize
 
     def _cost(self, t, windows, merged, storage, planes: int, tile: tuple[int, int]) -> tuple[float, float]:
         rate = self.figures.flops.get(self.dtype, self.figures.flops[torch.float32])

@@ -17,7 +17,7 @@ _LEAST = 2**16  # numbers; PyTorch unfolds fewer in float32, which rounds less t
 
 
 def _by_pytorch() -> bool:
-    """Whether a convolution on the CPU is PyTorch's as it is, which others can follow."""
+    """Whether an operator is PyTorch's as it is, which autograd, autocast and the compiler can follow."""
     return torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
 
 
@@ -69,7 +69,7 @@ class ConvTranspose3d(_ChannelsLast, nn.ConvTranspose3d):
             return super().forward(x)
         if weight_outweighs(x, self.weight):
             return up_conv3d_of_few(x, self.weight, self.bias)
-        if direct_suits(x, self.weight):
+        if direct_suits(x, self.weight, 4):
             return direct_up_conv3d(x, self.weight, self.bias)
         return super().forward(x)
 

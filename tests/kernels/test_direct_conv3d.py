@@ -208,6 +208,8 @@ def test_wrong_arguments():
         run(t, [1] * 6, True, out, isa="fast")
     with pytest.raises(RuntimeError, match="x must have 3 planes for 3 of out"):
         run(t, [1] * 6, True, out[:, :, :3])
+    with pytest.raises(RuntimeError, match="pads must be 0 or 1, got 3"):
+        run(t, [0, 0, 0, 0, -1, 3][::-1], True, out)
     with pytest.raises(RuntimeError, match="the weight must be bfloat16"):
         run(t | {"weight": t["weight"].float()}, [1] * 6, True, out)
     with pytest.raises(RuntimeError, match="the bias must be bfloat16"):
@@ -225,14 +227,23 @@ def test_wrong_arguments():
 def test_like_pytorch(padding: int):
     t = case(2, 24, 40, (4, 5, 6), [0] * 6, None)
     x, weight, bias = t["x"], t["weight"], t["bias"]
-    assert direct_suits(x, weight) and not direct_suits(x.float(), weight)
+    assert direct_suits(x, weight, 3) and not direct_suits(x.float(), weight, 3) and not direct_suits(x, weight, 4)
     assert_near(
         direct_conv3d(x, weight, bias, padding), F.conv3d(x.double(), weight.double(), bias.double(), 1, padding)
     )
     assert torch.equal(tiles.conv3d(x, weight, bias, 1, padding), direct_conv3d(x, weight, bias, padding))
     up = (source(1)(24, 8, 4, 4, 4) / 14).bfloat16()
     wanted = F.conv_transpose3d(x.double(), up.double(), bias[:8].double(), 2, 1)
-    assert_near(direct_up_conv3d(x, up, bias[:8]), wanted)
+    assert_near(direct_up_conv3d(x.contiguous(), up, bias[:8]), wanted)
+
+
+@FAST
+def test_other_kernels_keep_their_way():
+    t = case(1, 8, 8, (5, 5, 5), [0] * 6, None)
+    for edges, padding in (((4, 4, 4), 1), ((3, 1, 1), 0)):
+        weight = source(1)(8, 8, *edges).bfloat16()
+        wanted = F.conv3d(t["x"].double(), weight.double(), None, 1, padding)
+        assert_near(tiles.conv3d(t["x"], weight, None, 1, padding), wanted)
 
 
 @FAST
@@ -254,7 +265,7 @@ def test_a_tile_of_the_decoder_is_it(monkeypatch: pytest.MonkeyPatch):
 def test_others_keep_their_way(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(direct, "_HERE", False)
     t = case(*CASES[4])
-    assert not direct_suits(t["x"], t["weight"])
+    assert not direct_suits(t["x"], t["weight"], 3)
     assert_near(
         tiles.conv3d(t["x"], t["weight"], t["bias"], 1, 1),
         definition(t | {"scale": None, "residual": None}, [1] * 6, False),
