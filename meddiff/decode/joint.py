@@ -338,7 +338,7 @@ class _Decoder:
         for h, w in product(_parts(height, p.tile[0]), _parts(width, p.tile[1])):
             part, statistics = out[:, :, :, slice(*h), slice(*w)], None
             if moments is not None:
-                statistics = torch.empty(1, 2, layer.channels, device=out.device)
+                statistics = torch.empty(1, 2, layer.channels, dtype=torch.float32, device=out.device)
                 moments.counts.append(part[0, 0].numel())
                 moments.parts.append(statistics[0])
             write(h, w, part, statistics)
@@ -478,7 +478,7 @@ class _Decoder:
         heads = heads.view(1, *out.shape[2:], -1).permute(0, 4, 1, 2, 3)
         statistics = None
         if moments is not None:
-            statistics = torch.empty(1, 2, layer.channels, device=out.device)
+            statistics = torch.empty(1, 2, layer.channels, dtype=torch.float32, device=out.device)
             moments.counts.append(tokens)
             moments.parts.append(statistics[0])
         norm_silu_conv3d(heads, None, None, False, False, layer.out_weight, layer.out_bias, [0] * 6, x, None, None, out,

@@ -88,6 +88,7 @@ from meddiff.decode import Conv, Norm, UpConv, decode_jointly, make_plan
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
 torch.manual_seed(0)
+torch.set_default_dtype(getattr(torch, sys.argv[3]))
 
 def norm(channels):
     return Norm(2, torch.ones(channels), torch.zeros(channels), 1e-6)
@@ -121,10 +122,11 @@ print(json.dumps([plan.peak_bytes, status("VmHWM") - before]))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("budget", [0, 350_000_000])
-def test_resident_memory_is_what_was_predicted(budget):
+@pytest.mark.parametrize(("dtype", "size"), [("float32", 88), ("bfloat16", 112)])
+def test_resident_memory_is_what_was_predicted(dtype, size, budget):
     # what glibc keeps of freed blocks differs by a tenth from run to run; blocks of their own go back at once
     environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", _MEASURE, "88", str(budget)]
+    command = [sys.executable, "-c", _MEASURE, str(size), str(budget), dtype]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     predicted, measured = json.loads(done.stdout)
