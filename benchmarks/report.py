@@ -183,8 +183,12 @@ def main() -> None:
         text += f"\n## benchmarks/on_gpu.sh on {run['machine']}, {run['date'][:10]}\n\n"
         text += "".join(f"- {part}\n" for part in [*run["parts"], *run["tests"]["failed"]])
     (RESULTS / "README.md").write_text(text)
-    jobs = [row(line, with_name=False) for line in lines.values() if line["benchmark"] in _JOBS]
-    insert(ROOT / "README.md", "results", table(_HEADER, jobs))
+    jobs = {}  # of several processors that ran a case, or several GPUs, the last one
+    for line in sorted(lines.values(), key=lambda line: line["date"]):
+        if line["benchmark"] in _JOBS:
+            jobs["NVIDIA" in line["device"], line["benchmark"], line["case"], line["dtype"]] = line
+    rows = [row(line, with_name=False) for _, line in sorted(jobs.items())]
+    insert(ROOT / "README.md", "results", table(_HEADER, rows))
     header, quality = ["reconstruction", "of", *_SCORES.values(), "of the original"], scores()
     insert(_DEMO / "README.md", "scores", table(header, quality))
     tasks = ["ControlNet", "T1 volumes of", "score", "steered sample", "for comparison", "that of"]
