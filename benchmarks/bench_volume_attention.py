@@ -10,11 +10,9 @@ from __future__ import annotations
 import argparse
 
 import torch
-import torch.nn.functional as F
 from common import append_result, measure, print_table
-from torch import Tensor
 
-from meddiff.kernels.volume_attention import volume_attention
+from meddiff.kernels.volume_attention import volume_attention, volume_attention_ref
 from meddiff.resources import default_device, default_dtype
 
 
@@ -30,16 +28,12 @@ def main() -> None:
     device, heads, dim, tokens = arguments.device, arguments.heads, arguments.dim, arguments.tokens**3
     dtype = getattr(torch, arguments.dtype) if arguments.dtype else default_dtype(device)
 
-    def pytorch(qkv: Tensor, heads: int) -> Tensor:
-        q, k, v = qkv.view(1, tokens, 3, heads, dim).permute(2, 0, 3, 1, 4)
-        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(1, tokens, heads * dim)
-
     qkv = torch.randn(1, tokens, 3 * heads * dim, generator=torch.Generator().manual_seed(0)).to(device, dtype)
     case = f"{arguments.tokens}³ tokens, {heads} heads of {dim}"
     line, rows = {"benchmark": "volume_attention", "case": case, "dtype": str(dtype).removeprefix("torch.")}, []
     with torch.inference_mode():
-        wanted = pytorch(qkv, heads)
-        for way, function in {"meddiff": volume_attention, "eager": pytorch}.items():
+        wanted = volume_attention_ref(qkv, heads)
+        for way, function in {"meddiff": volume_attention, "eager": volume_attention_ref}.items():
             error = ((function(qkv, heads).float() - wanted.float()).norm() / wanted.float().norm()).item()
             if error > 2 * torch.finfo(dtype).eps:
                 raise SystemExit(f"{case}: {way} is off by {error:.1e}")

@@ -15,13 +15,14 @@
 
 #include "conv3d_rows.h"
 #include "group_norm_silu.h"
+#include "moments.h"
 #include "numbers.h"
 #include "processor.h"
 
 namespace meddiff {
 namespace {
 
-constexpr int64_t kCache = 3 << 18;  // bytes of inputs at a time, in a core's own cache; kernels/direct_conv3d.py has it, too
+constexpr int64_t kCache = 3 << 18;  // bytes of inputs of a thread at a time, as kernels/direct_conv3d.py has it
 
 std::vector<const DirectConvIsa*> isas() {
   std::vector<const DirectConvIsa*> found;

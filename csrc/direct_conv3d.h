@@ -24,7 +24,8 @@ struct DirectConvRows {
   int64_t residual_row;  // numbers from row to row
   uint16_t* out;
   int64_t out_row, out_voxel;
-  // of each column, written if they are there: a number near its outputs, and Σ and Σ² of the difference from that
+  // of each column, if they are there: a number near its outputs, written, and Σ and Σ² of the difference from that,
+  // added to what is there
   float* pivot;
   double *sum, *sum_of_squares;
 };

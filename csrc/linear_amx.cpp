@@ -18,6 +18,11 @@ void arrange(const uint16_t* rows, int64_t count, int64_t inputs, int64_t tile, 
                  least(32, inputs - 32 * block), to);
 }
 
+template <int n>
+struct Tiles {
+  static constexpr int count = n;
+};
+
 // Of kLinearRows / tiles rows, by 16·tiles columns; the block that is not whole comes from `last`.
 template <int tiles>
 void product(const uint16_t* rows, const uint16_t* last, int64_t inputs, const uint16_t* columns, float* sums) {
@@ -52,25 +57,6 @@ void finish_few(const Linear& work, const float* sums, int64_t row, int64_t firs
   }
 }
 
-void of_few(const Linear& work, int64_t first, int64_t written) {
-  alignas(64) float sums[kLinearRows * 16];
-  alignas(64) uint16_t last[kLinearRows * 32];
-  const uint16_t* weight = work.weight + first * work.inputs;
-  copy_last(weight, work.inputs, last);
-  for (int64_t row = 0; row < work.rows; row += 32) {
-    const uint16_t* x = work.x + row * work.blocks() * 32;
-    if (work.rows - row <= 16) {
-      product<1>(weight, last, work.inputs, x, sums);
-      finish_few<1>(work, sums, row, first, written);
-      continue;
-    }
-    for (int64_t half = 0; half < kLinearRows; half += kLinearRows / 2) {
-      product<2>(weight + half * work.inputs, last + 32 * half, work.inputs, x, sums);
-      finish_few<2>(work, sums, row, first + half, written);
-    }
-  }
-}
-
 // Sums [kLinearRows / tiles rows of y, 16·tiles outputs].
 template <int tiles>
 void finish_many(const Linear& work, const float* sums, int64_t output, int64_t first, int64_t written) {
@@ -88,23 +74,38 @@ void finish_many(const Linear& work, const float* sums, int64_t output, int64_t 
     }
 }
 
-void of_many(const Linear& work, int64_t first, int64_t written) {
+// Of kLinearRows rows by `count` columns: finish(tiles, sums, column, row), row being the first of the sums' rows.
+template <class Finish>
+void multiply(const uint16_t* rows, const uint16_t* columns, int64_t count, int64_t inputs, const Finish& finish) {
   alignas(64) float sums[kLinearRows * 16];
   alignas(64) uint16_t last[kLinearRows * 32];
-  const uint16_t* x = work.x + first * work.inputs;
-  copy_last(x, work.inputs, last);
-  for (int64_t output = 0; output < work.outputs; output += 32) {
-    const uint16_t* weight = work.weight + output * work.blocks() * 32;
-    if (work.outputs - output <= 16) {
-      product<1>(x, last, work.inputs, weight, sums);
-      finish_many<1>(work, sums, output, first, written);
+  copy_last(rows, inputs, last);
+  for (int64_t column = 0; column < count; column += 32) {
+    const uint16_t* tile = columns + column * ((inputs + 31) / 32) * 32;
+    if (count - column <= 16) {
+      product<1>(rows, last, inputs, tile, sums);
+      finish(Tiles<1>(), sums, column, 0);
       continue;
     }
-    for (int64_t half = 0; half < kLinearRows; half += kLinearRows / 2) {
-      product<2>(x + half * work.inputs, last + 32 * half, work.inputs, weight, sums);
-      finish_many<2>(work, sums, output, first + half, written);
+    for (int64_t row = 0; row < kLinearRows; row += kLinearRows / 2) {
+      product<2>(rows + row * inputs, last + 32 * row, inputs, tile, sums);
+      finish(Tiles<2>(), sums, column, row);
     }
   }
+}
+
+void of_few(const Linear& work, int64_t first, int64_t written) {
+  multiply(work.weight + first * work.inputs, work.x, work.rows, work.inputs,
+           [&](auto tiles, const float* sums, int64_t column, int64_t row) {
+             finish_few<tiles.count>(work, sums, column, first + row, written);
+           });
+}
+
+void of_many(const Linear& work, int64_t first, int64_t written) {
+  multiply(work.x + first * work.inputs, work.weight, work.outputs, work.inputs,
+           [&](auto tiles, const float* sums, int64_t column, int64_t row) {
+             finish_many<tiles.count>(work, sums, column, first + row, written);
+           });
 }
 
 }  // namespace

@@ -12,6 +12,7 @@
 
 #include "conv3d_rows.h"
 #include "group_norm_silu.h"
+#include "moments.h"
 
 namespace meddiff {
 namespace {

@@ -46,7 +46,7 @@ def direct_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) 
     Returns [B, O, …] in channels-last memory. Where a number of x is not finite, outputs within seven voxels along W,
     or at the end of a row before, may be not finite either.
     """
-    out = _channels_last(x, len(weight), [n + 2 * padding - 2 for n in x.shape[2:]])
+    out = scratch_tile(x, len(weight), [n + 2 * padding - 2 for n in x.shape[2:]])
     pads = [padding] * 6
     torch.ops.meddiff._direct_conv3d(_dense(x), None, None, False, weight, bias, pads, None, None, None, out, None)
     return out
@@ -54,21 +54,23 @@ def direct_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, padding: int) 
 
 def direct_up_conv3d(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """F.conv_transpose3d(x, weight, bias, stride=2, padding=1), as above; weight: [C, O, 4, 4, 4]."""
-    out = _channels_last(x, weight.shape[1], [2 * n for n in x.shape[2:]])
+    out = scratch_tile(x, weight.shape[1], [2 * n for n in x.shape[2:]])
     torch.ops.meddiff._direct_up_conv3d(_dense(x), weight, bias, [1] * 6, out, None)
     return out
 
 
-def _channels_last(x: Tensor, channels: int, size: list[int]) -> Tensor:
+def scratch_tile(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
+    """An uninitialised [B, channels, *size] like x, contiguous in channels-last memory."""
     return x.new_empty((x.shape[0], *size, channels)).permute(0, 4, 1, 2, 3)
 
 
 def _dense(x: Tensor) -> Tensor:
+    """A contiguous channels-last copy, or x itself; PyTorch's idea of it leaves the strides of 1-voxel axes open."""
     return x.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
 
 
 def _nothing(*_: object) -> None:
-    """These operators only write into their arguments."""
+    """Operators that only write into their arguments have this as their fake."""
 
 
 for _operator in ("_direct_conv3d", "_direct_up_conv3d"):

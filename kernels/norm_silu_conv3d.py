@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .direct_conv3d import direct_conv3d, direct_suits
+from .direct_conv3d import _dense, _nothing, direct_conv3d, direct_suits, scratch_tile
 from .linear import linear
 from .winograd import winograd_conv3d, winograd_pays
 
@@ -73,20 +73,10 @@ def norm_silu_conv3d_ref(
     return y, _statistics(y)
 
 
-def _dense(x: Tensor) -> Tensor:
-    """A contiguous channels-last copy, or x itself; PyTorch's idea of it leaves the strides of 1-voxel axes open."""
-    return x.permute(0, 2, 3, 4, 1).contiguous().permute(0, 4, 1, 2, 3)
-
-
 def _rows(x: Tensor) -> Tensor:
     """x, or a copy where the voxels of a row are not one behind the other."""
     c, w = x.shape[1], x.shape[4]
     return x if (c == 1 or x.stride(1) == 1) and (w == 1 or x.stride(4) == c) else _dense(x)
-
-
-def scratch_tile(x: Tensor, channels: int, size: Sequence[int]) -> Tensor:
-    """An uninitialised [B, channels, *size] like x, contiguous in channels-last memory."""
-    return x.new_empty((x.shape[0], *size, channels)).permute(0, 4, 1, 2, 3)
 
 
 def conv3d(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int = 1, padding: int = 0, least: int = 0) -> Tensor:
@@ -289,10 +279,6 @@ def write_tile(y: Tensor, out: Tensor, statistics: Tensor | None) -> None:
     out.copy_(y)
     if statistics is not None:
         statistics.copy_(_statistics(y))
-
-
-def _nothing(*_: object) -> None:
-    """All of these operators only write into their arguments."""
 
 
 torch.library.impl("meddiff::norm_silu_conv3d", "CPU", _run_on_cpu)

@@ -11,6 +11,13 @@ _HERE = torch.ops.meddiff._has_volume_attention()
 _MOST_CHANNELS = 128  # of a head
 
 
+def volume_attention_ref(qkv: Tensor, heads: int) -> Tensor:
+    """The same by PyTorch, which autograd can follow."""
+    batch, tokens, channels = *qkv.shape[:2], qkv.shape[2] // 3
+    q, k, v = qkv.view(batch, tokens, 3, heads, channels // heads).permute(2, 0, 3, 1, 4)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, channels)
+
+
 def volume_attention(qkv: Tensor, heads: int) -> Tensor:
     """softmax(q·kᵀ / √dim)·v for each head. No gradient.
 
@@ -23,8 +30,7 @@ def volume_attention(qkv: Tensor, heads: int) -> Tensor:
         out = qkv.new_empty((batch, tokens, channels))
         torch.ops.meddiff._volume_attention(qkv.contiguous(), heads, out)
         return out
-    q, k, v = qkv.view(batch, tokens, 3, heads, channels // heads).permute(2, 0, 3, 1, 4)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, tokens, channels)
+    return volume_attention_ref(qkv, heads)
 
 
 @torch.library.register_fake("meddiff::_volume_attention")

@@ -387,7 +387,7 @@ class _Planner:
         layer, (depth, height, width) = self.layer(t), self.shapes[t].size(self.size)
         d, h, w = min(planes, depth), min(tile[0], height), min(tile[1], width)
         source = self.shapes[layer.source].channels
-        direct = self.device.type == "cpu" and direct_serves(self.dtype, "cpu")
+        direct = direct_serves(self.dtype, self.device.type)
         y = layer.channels * d * h * w
         if isinstance(layer, Attention):  # all of it: norm, q, k, v and the heads' output, and what is made of it
             tokens = self.shapes[t].voxels(self.size)
@@ -421,7 +421,7 @@ class _Planner:
         """Scratch of a call for outputs of `size`."""
         source = self.shapes[layer.source].channels
         taken = source * math.prod(n // 2 + 2 for n in size)
-        if self.device.type == "cpu" and direct_serves(self.dtype, "cpu"):
+        if direct_serves(self.dtype, self.device.type):
             return layer.replicate * taken * self.itemsize + direct_bytes(source, outputs, 4, size)
         return ((1 + layer.replicate) * taken + outputs * math.prod(size)) * self.itemsize
 

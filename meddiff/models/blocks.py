@@ -11,7 +11,7 @@ from meddiff.kernels.group_norm_silu import group_norm_silu
 from meddiff.kernels.linear import linear
 from meddiff.kernels.norm_silu_conv3d import conv3d, strides_to_one_column, weight_outweighs
 from meddiff.kernels.up_conv3d import up_conv3d_of_few
-from meddiff.kernels.volume_attention import volume_attention
+from meddiff.kernels.volume_attention import volume_attention, volume_attention_ref
 
 _LEAST = 2**16  # numbers; PyTorch unfolds fewer in float32, which rounds less than oneDNN does
 
@@ -99,9 +99,5 @@ def attend_over_volume(x: Tensor, to_qkv: nn.Linear, to_out: nn.Conv3d, heads: i
     """
     b, _, d, h, w = x.shape
     qkv = to_qkv(x.permute(0, 2, 3, 4, 1).reshape(b, d * h * w, -1))
-    if _by_pytorch():
-        q, k, v = qkv.view(b, d * h * w, 3, heads, -1).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
-    else:
-        out = volume_attention(qkv, heads)
+    out = (volume_attention_ref if _by_pytorch() else volume_attention)(qkv, heads)
     return to_out(out.reshape(b, d, h, w, -1).permute(0, 4, 1, 2, 3))
